@@ -1,0 +1,266 @@
+"""apply(model, config): an edit of a model, with undo and report.
+
+A change is described by a frozen dataclass, a subclass of `ChangeConfig`. Its handler edits the model in place and
+returns an `Edit`: what matched and how to take it back. Changes stack, are remembered by the model, and can be saved
+and loaded: the folder holds safetensors, the model's config and the list of changes as JSON, nothing pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from effkit.ops import resolve
+
+_REMEMBERED = "_effkit_changes"
+_MANIFEST = "effkit.json"
+
+
+@dataclass(frozen=True)
+class ChangeConfig:
+    """What to change. Subclasses are frozen dataclasses whose fields are JSON values, validated in __post_init__.
+
+    handler is "module:function", imported on first use, called as function(model, config, data) and returning an Edit.
+    It must leave the model as it was when it raises. reload, where given, names the handler that only rebuilds the
+    structure when a saved model is loaded (the weights come from the file), e.g. where handler needs data.
+    """
+
+    handler: ClassVar[str]
+    reload: ClassVar[str | None] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: {"type": "module:Class", "fields": {...}}."""
+        return {"type": f"{type(self).__module__}:{type(self).__qualname__}", "fields": dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ChangeConfig:
+        """The config of a JSON form; only subclasses of ChangeConfig inside effkit or already imported modules."""
+        module, _, name = data["type"].partition(":")
+        cls = getattr(importlib.import_module(module), name, None)
+        if not (isinstance(cls, type) and issubclass(cls, ChangeConfig)):
+            raise ValueError(f"type is {data['type']!r}, expected a ChangeConfig as 'module:Class'")
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data["fields"].items()}
+        return cls(**fields)
+
+
+@dataclass
+class Edit:
+    """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason)."""
+
+    matched: list[str]
+    undo: Callable[[], None] | None
+    irreversible: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters and bytes of a model."""
+
+    parameters: int
+    bytes: int
+
+    @staticmethod
+    def of(model: nn.Module) -> Size:
+        tensors = list(model.parameters())
+        return Size(sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors))
+
+
+@dataclass
+class Change:
+    """One applied change: its config, what it matched, sizes before and after. print() shows the report."""
+
+    model: nn.Module
+    config: ChangeConfig
+    edit: Edit
+    before: Size
+    after: Size
+    undone: bool = False
+
+    @property
+    def matched(self) -> list[str]:
+        return self.edit.matched
+
+    def undo(self) -> None:
+        """Takes the change back. The last change goes first; RuntimeError where the original is gone."""
+        stack: list[Change] = _changes(self.model)
+        if self.undone or self not in stack:
+            raise RuntimeError(f"{type(self.config).__name__} is not applied: it was undone already")
+        if stack[-1] is not self:
+            raise RuntimeError(
+                f"cannot undo {type(self.config).__name__}: {type(stack[-1].config).__name__} was applied after it, "
+                "undo that first"
+            )
+        if self.edit.undo is None:
+            raise RuntimeError(f"cannot undo {type(self.config).__name__}: {self.edit.irreversible}")
+        self.edit.undo()
+        stack.pop()
+        self.undone = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.config.to_dict(),
+            "matched": self.matched,
+            "parameters": [self.before.parameters, self.after.parameters],
+            "bytes": [self.before.bytes, self.after.bytes],
+            "notes": self.edit.notes,
+        }
+
+    def __str__(self) -> str:
+        names = ", ".join(self.matched[:4]) + (", ..." if len(self.matched) > 4 else "")
+        lines = [
+            f"{self.config}",
+            f"  matched     {len(self.matched)}: {names}",
+            f"  parameters  {self.before.parameters:,} -> {self.after.parameters:,}",
+            f"  bytes       {self.before.bytes:,} -> {self.after.bytes:,}",
+        ]
+        return "\n".join(lines + [f"  {key:11} {value}" for key, value in self.edit.notes.items()])
+
+
+@dataclass
+class Changes:
+    """Several changes applied by one call; undo() takes them back in reverse order."""
+
+    changes: list[Change]
+
+    @property
+    def matched(self) -> list[str]:
+        return [name for change in self.changes for name in change.matched]
+
+    def undo(self) -> None:
+        for change in reversed(self.changes):
+            change.undo()
+
+    def __iter__(self) -> Any:
+        return iter(self.changes)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.changes))
+
+
+def apply(model: nn.Module, *configs: ChangeConfig, data: Iterable[Any] | None = None) -> Change | Changes:
+    """Edits the model in place, one config after the other, and returns what was done.
+
+    data: batches for the configs that calibrate. Raises ValueError where a config matches nothing; whatever is raised,
+    the model is as it was before the call.
+    """
+    if not configs:
+        raise TypeError("apply needs at least one config, e.g. effkit.apply(model, effkit.norm.DyTConfig())")
+    for config in configs:
+        if not isinstance(config, ChangeConfig):
+            raise TypeError(f"config is {config!r}, expected an instance of a ChangeConfig such as DyTConfig")
+    done: list[Change] = []
+    original = _model_record(model)
+    try:
+        for config in configs:
+            done.append(_apply_one(model, config, config.handler, data))
+    except BaseException:
+        for change in reversed(done):
+            if change.edit.undo is not None:
+                change.undo()
+        raise
+    model.__dict__.setdefault("_effkit_original", original)
+    return done[0] if len(done) == 1 else Changes(done)
+
+
+def describe(model: nn.Module) -> list[dict[str, Any]]:
+    """The changes of a model, oldest first: type, fields, matched names, sizes before and after, notes."""
+    return [change.to_dict() for change in _changes(model)]
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Writes a changed HuggingFace model: model.safetensors, config.json and effkit.json (what `load` needs)."""
+    from safetensors.torch import save_model
+
+    record = getattr(model, "_effkit_original", None) or _model_record(model)
+    if record is None:
+        raise TypeError(f"save needs a HuggingFace model, got {type(model).__name__}; use its state_dict() instead")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    manifest = {"version": 1, "model": record, "changes": [change.config.to_dict() for change in _changes(model)]}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote: built from its config, changed again, weights loaded strictly; in eval mode."""
+    from safetensors.torch import load_file, load_model
+
+    folder = Path(path)
+    if not (folder / _MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} holds no {_MANIFEST}: it was not written by effkit.save")
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    model = _build(manifest["model"])
+    for entry in manifest["changes"]:
+        config = ChangeConfig.from_dict(entry)
+        _apply_one(model, config, config.reload or config.handler, None)
+    model.__dict__["_effkit_original"] = manifest["model"]
+    # Parameters take the dtype they were saved in before the strict load copies into them.
+    stored = load_file(str(folder / "model.safetensors"))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
+    load_model(model, str(folder / "model.safetensors"), strict=True)
+    return model.to(device).eval()
+
+
+def no_match(what: str, wanted: Sequence[str], available: Iterable[str]) -> ValueError:
+    """The error for a config that matches nothing: names what was looked for and the nearest names there are."""
+    available = list(available)
+    near = list(dict.fromkeys(n for w in wanted for n in difflib.get_close_matches(w, available, n=4, cutoff=0.3)))
+    listed = near or list(dict.fromkeys(available))[:8]
+    return ValueError(
+        f"{what}: nothing in the model matches {list(wanted)}; it has {', '.join(listed) or 'no modules'}"
+    )
+
+
+def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts `new` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _apply_one(model: nn.Module, config: ChangeConfig, handler: str, data: Iterable[Any] | None) -> Change:
+    before = Size.of(model)
+    edit: Edit = resolve(handler)(model, config, data)
+    change = Change(model, config, edit, before, Size.of(model))
+    _changes(model).append(change)
+    return change
+
+
+def _changes(model: nn.Module) -> list[Change]:
+    return model.__dict__.setdefault(_REMEMBERED, [])
+
+
+def _model_record(model: nn.Module) -> dict[str, Any] | None:
+    """Class and config of a HuggingFace model as they are now, from which `load` rebuilds the structure."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return None
+    # to_diff_dict would drop what equals today's defaults; the full form survives another transformers version.
+    return {
+        "class": f"{type(model).__module__}:{type(model).__qualname__}",
+        "config_class": f"{type(config).__module__}:{type(config).__qualname__}",
+        "config": json.loads(config.to_json_string(use_diff=False)),
+    }
+
+
+def _build(record: dict[str, Any]) -> nn.Module:
+    """The unchanged model of a record, with arbitrary weights."""
+    for key in ("class", "config_class"):
+        if not record[key].startswith("transformers."):
+            raise ValueError(f"{_MANIFEST}: {key} is {record[key]!r}, only classes of transformers are rebuilt")
+    config = resolve(record["config_class"]).from_dict(record["config"])
+    return resolve(record["class"])(config)
