@@ -6,9 +6,11 @@ reference, inputs)` does the same for any pair of functions. No tolerance is cho
 * truth is the reference in float64, the yardstick is the same reference in the dtype under test, on inputs that were
   drawn in float64 and rounded to that dtype for everybody;
 * an implementation may err twice as much as the yardstick does, plus a floor of the dtype times rms(truth);
-* the bound must hold for the largest error, for the rms error, and for the rms error of every row (last axis), where
-  the floor is taken from the row's own rms, but from no less than a tenth of the whole's: a small row cannot hide
-  behind large ones, and a row that cancels to nearly zero is not asked for more digits than its terms have;
+* the bound must hold for the largest error, for the rms error, and for the rms error of every row (last axis), so that
+  one bad row cannot hide. A row's yardstick is its own error or the typical one, whichever is larger, since one row's
+  error is a single draw. The floor is the same for all rows: a row that cancels to nearly zero carries the rounding of
+  its terms, whose size is that of the other rows. Likewise a result that is zero everywhere (a gradient that cancels)
+  takes its floor from the largest of the other results;
 * shapes, dtypes, devices, the places of NaN and infinities agree exactly; integer results are bit-equal;
 * inputs stay as they were, bit for bit; memory that an implementation leaves unwritten holds NaN, and shows.
 """
@@ -199,7 +201,8 @@ def judge(
     names = ["out"] if len(truth) == 1 else [f"out{i}" for i in range(len(truth))]
     names += [f"d {name}" for name in grads]
     compared = zip(names, got + got_grads, truth + truth_grads, yard + yard_grads, strict=True)
-    rows = [_row(name, mine, exactly, own, floor) for name, mine, exactly, own in compared]
+    largest = max((_scale(x) for x in (*truth, *truth_grads)), default=0.0)
+    rows = [_row(name, mine, exactly, own, floor, largest) for name, mine, exactly, own in compared]
     rows += [
         Row(name, math.inf, 0.0, False, "the input was changed")
         for name, value in before.items()
@@ -232,7 +235,7 @@ def _evaluate(
     return [out.detach() for out in outputs], filled
 
 
-def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float) -> Row:
+def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float, largest: float) -> Row:
     """One tensor judged against truth and yardstick."""
     for what in ("shape", "dtype", "device"):
         if getattr(got, what) != getattr(yard, what):
@@ -254,18 +257,24 @@ def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float) -> R
     error = torch.where(judged, (got - truth).abs(), 0.0)
     own = torch.where(judged & yard.isfinite(), (yard - truth).abs(), 0.0)
     value = torch.where(judged, truth, 0.0)
-    scale = _rms(value)
+    scale = _scale(value) or largest
     checks = [
         ("largest", error.max(), 2 * own.max() + floor * scale),
         ("rms", _rms(error), 2 * _rms(own) + floor * scale),
     ]
     if truth.ndim:
-        allowed = 2 * _rms(own, -1) + floor * torch.maximum(_rms(value, -1), 0.1 * scale)
+        allowed = 2 * _rms(own, -1).clamp_min(_rms(own)) + floor * scale
         row = (_rms(error, -1) - allowed).argmax()
         checks.append(("row", _rms(error, -1).flatten()[row], allowed.flatten()[row]))
     failed = [f"{kind} error {float(e):.2e} > {float(a):.2e}" for kind, e, a in checks if not e <= a]
     detail = f"{'; '.join(failed)}; {_worst(error, got, truth)}" if failed else ""
     return Row(name, float(checks[0][1]), float(checks[0][2]), not failed, detail)
+
+
+def _scale(truth: Tensor) -> float:
+    """rms of the finite values of a result, 0.0 for integers and for nothing."""
+    finite = truth[truth.isfinite()] if truth.is_floating_point() else truth[:0]
+    return float(_rms(finite)) if finite.numel() else 0.0
 
 
 def _rms(x: Tensor, dim: int | None = None) -> Tensor:
