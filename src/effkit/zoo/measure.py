@@ -1,0 +1,121 @@
+"""What the demo and the quality tests measure on the zoo model: bits per byte, bytes of cache; and a short healing.
+
+Bits per byte is the mean next-byte cross entropy in bits over fixed windows of the held-out modules, each of CONTEXT
+predictions from an empty context. Comparisons are paired: every model sees the same windows of the same interpreter's
+library. Between interpreters the text differs, and with it the number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effkit.zoo.train import CONTEXT, batch_of, corpus
+
+
+def heldout_batches(windows: int = 48, rows: int = 8) -> list[Tensor]:
+    """Evenly spaced windows of the held-out modules that do not overlap: int64 [rows, CONTEXT + 1] each.
+
+    The first CONTEXT tokens of a row are the input, the last CONTEXT what is to be predicted.
+    """
+    ids = corpus("heldout")
+    most = (len(ids) - 1) // CONTEXT
+    if not 1 <= windows <= most:
+        raise ValueError(f"windows is {windows!r}, expected 1 to {most}: the held-out modules hold no more")
+    if rows < 1:
+        raise ValueError(f"rows is {rows!r}, expected at least 1 window per batch")
+    # Integer arithmetic: neighbours are at least CONTEXT apart for every choice of windows.
+    starts = torch.arange(windows) * (len(ids) - CONTEXT - 1) // max(windows - 1, 1)
+    return list(ids[starts[:, None] + torch.arange(CONTEXT + 1)].split(rows))
+
+
+def training_batches(steps: int, rows: int = 8, context: int = CONTEXT, seed: int = 0) -> list[Tensor]:
+    """`steps` batches of random windows of the training modules, never of held-out ones: int64 [rows, context + 1]."""
+    for name, value in {"steps": steps, "rows": rows, "context": context}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value!r}, expected at least 1")
+    ids, generator = corpus("train"), torch.Generator().manual_seed(seed)
+    return [batch_of(ids, rows, context, generator) for _ in range(steps)]
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, batches: Iterable[Tensor]) -> float:
+    """Mean next-byte cross entropy in bits over the batches, int64 [rows, length + 1], in the model's own dtype."""
+    nats, count = 0.0, 0
+    for batch in batches:
+        nats += float(_cross_entropy(model, batch, reduction="sum"))
+        count += batch[:, 1:].numel()
+    if not count:
+        raise ValueError("batches is empty: there is nothing to measure")
+    return nats / count / math.log(2)
+
+
+def heal(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    lr: float = 1e-3,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Trains the changed model in place, one AdamW step per batch, and returns the bits per byte of every step.
+
+    The learning rate climbs to `lr` over the first tenth of the steps and falls linearly to zero over the rest.
+    on_step(step, bits) is called after every step, from 1. The model must hold float32 weights.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wrong = {p.dtype for p in parameters} - {torch.float32}
+    if wrong:
+        raise TypeError(f"model has trainable weights in {wrong.pop()}, expected torch.float32: AdamW steps would be lost")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, len(batches) // 10)
+    was_training = model.training
+    model.train()
+    bits: list[float] = []
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, 1 - step / len(batches))
+        loss = _cross_entropy(model, batch, reduction="mean")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bits.append(float(loss.detach()) / math.log(2))
+        if on_step is not None:
+            on_step(step + 1, bits[-1])
+    optimizer.zero_grad()
+    model.train(was_training)
+    return bits
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: nn.Module, ids: Tensor) -> float:
+    """Bytes that the model's cache really holds after reading ids, int64 [rows, length], divided by their number."""
+    cache: Any = model(input_ids=ids.to(_device(model)), use_cache=True).past_key_values
+    tensors = {id(tensor): tensor for layer in cache.layers for tensor in _tensors(vars(layer))}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / ids.numel()
+
+
+def _cross_entropy(model: nn.Module, batch: Tensor, reduction: str) -> Tensor:
+    """Next-token cross entropy in nats, from float32 logits or wider."""
+    batch = batch.to(_device(model))
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction=reduction)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples: a cache layer's keys and values, or another technique's state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
