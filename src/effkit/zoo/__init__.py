@@ -54,8 +54,8 @@ def load_model(dtype: torch.dtype = torch.float32, attn_implementation: str | No
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The byte tokenizer: ids 0 to 255 are the bytes of the UTF-8 text, END (256) ends documents and pads on the left.
 
-    The text "<|end|>" stands for END, as special tokens do in transformers.
+    The same as AutoTokenizer.from_pretrained(zoo.MODEL). The text "<|end|>" stands for END, as special tokens do in transformers.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(MODEL)
+    return PreTrainedTokenizerFast.from_pretrained(MODEL)
