@@ -219,7 +219,7 @@ def _evaluate(
     outputs = fn(**{**inputs, **leaves})
     outputs = [out for out in (outputs if isinstance(outputs, tuple | list) else (outputs,)) if out is not None]
     if not grads:
-        return outputs, []
+        return [out.detach() for out in outputs], []
     if not cotangents:
         generator = torch.Generator().manual_seed(1)
         # Multiples of 1/8 in [-2, 2] are exact in every dtype, so all sides see the same cotangent.
