@@ -26,10 +26,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def dot(a, b, acc=None):
     """acc + a @ b, summed in float32. float32 operands keep all their bits ("ieee"): slower than tensor cores, and right."""
-    if INTERPRET:  # which multiplies the bit patterns of bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if INTERPRET:
+        # The interpreter multiplies bfloat16 as bit patterns, and sums in an order that depends on the shape. The hardware's
+        # does not, and a score computed twice, as q k and as k q, comes out the same; so it does when summed in float64.
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if acc is not None:
+            product += acc
+    else:
+        product = tl.dot(a, b, acc, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -46,7 +51,7 @@ def cast(x, dtype: tl.constexpr):
 @triton.jit
 def tanh(x):
     """tanh of float32 to a few units in the last place: the exponential form cancels near 0, a series takes over there."""
-    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     far = (1 - e) / (1 + e)
     y = x * x
     near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))

@@ -7,7 +7,7 @@ keys in [key_lo, key_hi) that are not after its position and fewer than `window`
 import triton
 import triton.language as tl
 
-from effkit.kernels._common import LN2, LOG2E, cast, dot, tanh
+from effkit.kernels._common import LOG2E, cast, dot, tanh
 
 
 @triton.jit
@@ -21,18 +21,20 @@ def locate(sequence_ptr, cu_seqlens_ptr, n_blocks, heads, BLOCK: tl.constexpr):
     block = pid % n_blocks
     head = (pid // n_blocks % heads).to(tl.int64)
     b = (pid // n_blocks // heads).to(tl.int64)
-    if sequence_ptr is None:
-        return b, b, head, block
-    n = tl.load(sequence_ptr + block)
-    return b, n.to(tl.int64), head, tl.maximum(block - tl.load(cu_seqlens_ptr + n) // BLOCK - n, 0)
+    n = b
+    if sequence_ptr is not None:
+        n = tl.load(sequence_ptr + block)
+        block = tl.maximum(block - tl.load(cu_seqlens_ptr + n) // BLOCK - n, 0)
+    return b, n, head, block
 
 
 @triton.jit
 def clamped(ptr, i, default, high):
     """ptr[i] within [0, high], so that no bad length leads outside a tensor; default where there is no ptr."""
-    if ptr is None:
-        return default
-    return tl.minimum(tl.maximum(tl.load(ptr + i).to(tl.int32), 0), high)
+    value = default
+    if ptr is not None:
+        value = tl.minimum(tl.maximum(tl.load(ptr + i).to(tl.int32), 0), high)
+    return value
 
 
 @triton.jit
@@ -45,11 +47,14 @@ def segment(key_starts_ptr, key_lengths_ptr, query_offset_ptr, cu_seqlens_ptr, s
         rest = n == sequences
         row_lo = clamped(cu_seqlens_ptr, n, 0, T)
         row_hi = tl.where(rest, T, clamped(cu_seqlens_ptr, tl.minimum(n + 1, sequences), T, T))
-        return row_lo, row_hi, tl.where(rest, T, row_lo), row_hi, 0
-    shift = S - T
-    if query_offset_ptr is not None:
-        shift = tl.load(query_offset_ptr + n).to(tl.int32)
-    return 0, T, clamped(key_starts_ptr, n, 0, S), clamped(key_lengths_ptr, n, S, S), shift
+        key_lo, key_hi, shift = tl.where(rest, T, row_lo), row_hi, 0
+    else:
+        row_lo, row_hi = 0, T
+        key_lo, key_hi = clamped(key_starts_ptr, n, 0, S), clamped(key_lengths_ptr, n, S, S)
+        shift = S - T
+        if query_offset_ptr is not None:
+            shift = tl.load(query_offset_ptr + n).to(tl.int32)
+    return row_lo, row_hi, key_lo, key_hi, shift
 
 
 @triton.jit
@@ -57,7 +62,7 @@ def load_tile(ptr, stride, start, stop, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     """Rows [start, start + ROWS) of a matrix of width WIDTH as [ROWS, COLUMNS]; zero from row `stop` and column WIDTH on."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     return tl.load(ptrs, mask=(start + rows < stop)[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
@@ -66,7 +71,7 @@ def store_tile(ptr, stride, start, stop, x, ROWS: tl.constexpr, WIDTH: tl.conste
     """The inverse of load_tile: x rounded to the matrix's dtype."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     mask = (start + rows < stop)[:, None] & (columns < WIDTH)[None, :]
     tl.store(ptrs, cast(x, ptr.dtype.element_ty), mask=mask)
 
@@ -75,17 +80,19 @@ def store_tile(ptr, stride, start, stop, x, ROWS: tl.constexpr, WIDTH: tl.conste
 def scores(products, scale, softcap):
     """Products q.k to scores in units of log2, so that exp2 serves; scaled after the product, which keeps its bits."""
     if softcap is None:
-        return products * (scale * LOG2E)
-    return softcap * LOG2E * tanh(products * (scale / softcap))
+        score = products * (scale * LOG2E)
+    else:
+        score = tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    return score
 
 
 @triton.jit
 def through_softcap(grad, score, softcap):
     """The gradient of a score taken back through the cap: d tanh = 1 - tanh^2."""
-    if softcap is None:
-        return grad
-    capped = score / (softcap * LOG2E)
-    return grad * (1 - capped * capped)
+    if softcap is not None:
+        capped = score / (softcap * LOG2E)
+        grad *= 1 - capped * capped
+    return grad
 
 
 @triton.jit

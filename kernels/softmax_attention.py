@@ -30,7 +30,8 @@ _LENGTHS = ["T", "S", "n_blocks", "n_sequences", "heads", "group", "window"]
 
 
 # One program owns BLOCK_M rows of one query head: it reads them once, sweeps the keys that some row sees, and writes their
-# outputs and lse. Rows set the reuse of every key tile, so BLOCK_M is as tall as the accumulator's registers allow.
+# outputs and lse. The lse stays in units of log2: the backward then subtracts the very scores that made it, and a row that
+# looks at one key alone gets its probability 1 exactly. Rows set the reuse of every key tile, so BLOCK_M is as tall as the accumulator's registers allow.
 @triton.jit(do_not_specialize=_LENGTHS)
 def _softmax_attention_fwd(
     q_ptr, k_ptr, v_ptr, sinks_ptr, o_ptr, lse_ptr,
@@ -63,7 +64,7 @@ def _softmax_attention_fwd(
     )  # fmt: skip
     store_tile(o_ptr + b * stride_ob + head * stride_oh, stride_ot, start, row_hi, o, BLOCK_M, DV, BLOCK_DV)
     rows = start + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + (b * heads + head) * T + rows, lse * LN2, mask=rows < row_hi)
+    tl.store(lse_ptr + (b * heads + head) * T + rows, lse, mask=rows < row_hi)
 
 
 # One program owns BLOCK_M rows of one query head and writes their delta = sum_d do o - dlse: the one number a row needs, next
@@ -83,16 +84,16 @@ def _softmax_attention_bwd_delta(
     rows = start + tl.arange(0, BLOCK_M)
     at = (b * heads + head) * T + rows
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + at, mask=rows < T, other=0.0)
+        delta -= tl.load(dlse_ptr + at, mask=rows < T, other=0.0) * LOG2E  # lse is in units of log2
     tl.store(delta_ptr + at, delta, mask=rows < T)
 
 
 @triton.jit
 def _row_statistics(lse_ptr, delta_ptr, at, start, stop, ROWS: tl.constexpr):
-    """lse in log2 and delta of rows [start, stop); outside, lse = inf makes every probability 0."""
+    """lse and delta of rows [start, stop); outside, lse = inf makes every probability 0."""
     rows = start + tl.arange(0, ROWS)
     lse = tl.load(lse_ptr + at + rows, mask=rows < stop, other=float("inf"))
-    return lse * LOG2E, tl.load(delta_ptr + at + rows, mask=rows < stop, other=0.0)
+    return lse, tl.load(delta_ptr + at + rows, mask=rows < stop, other=0.0)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def _softmax_attention_bwd_dq(
 
 @triton.jit
 def _sweep_dkv(
-    dk, dv, k, v, keys, q_ptr, do_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, start, stop, hi,
+    dk, dv, k, v, keys, alive, q_ptr, do_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, start, stop, hi,
     shift, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -178,7 +179,8 @@ def _sweep_dkv(
         exponent = s - lse[None, :]
         if MASKED:
             position = t + shift + tl.arange(0, BLOCK_M)[None, :]
-            exponent = tl.where(in_band(position, keys[:, None], window, CAUSAL), exponent, float("-inf"))
+            visible = in_band(position, keys[:, None], window, CAUSAL) & alive[:, None]
+            exponent = tl.where(visible, exponent, float("-inf"))
         p = tl.exp2(exponent)
         dv = dot(cast(p, do.dtype), do, dv)
         ds = p * (dot(v, tl.trans(do)) - delta[None, :])
@@ -212,9 +214,12 @@ def _softmax_attention_bwd_dkv(
     k = load_tile(k_ptr + b * stride_kb + head * stride_kh, stride_ks, start, own_hi, BLOCK_N, D, BLOCK_D)
     v = load_tile(v_ptr + b * stride_vb + head * stride_vh, stride_vs, start, own_hi, BLOCK_N, DV, BLOCK_DV)
     keys = start + tl.arange(0, BLOCK_N)
+    alive = (keys >= key_lo) & (keys < key_hi)
     first = tl.maximum(start, key_lo)
     last = tl.minimum(start + BLOCK_N, key_hi) - 1
     lo, hi, all_lo, all_hi = row_range(first, last, row_lo, row_hi, shift, window, CAUSAL)
+    if last - first < BLOCK_N - 1:  # some keys of the tile are not alive: no row sees them all
+        all_lo = hi
     x, y = three_parts(lo, hi, all_lo, all_hi, BLOCK_M)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -223,28 +228,26 @@ def _softmax_attention_bwd_dkv(
         q_head_ptr = q_ptr + b * stride_qb + query_head * stride_qh
         do_head_ptr = do_ptr + b * stride_dob + query_head * stride_doh
         at = (b * heads + query_head) * T
-        if CAUSAL:
-            dk, dv = _sweep_dkv(
-                dk, dv, k, v, keys, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, lo, x, hi,
-                shift, scale, softcap, window, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, MASKED=True,
-            )  # fmt: skip
-        # Rows behind the end have probability 0 by their lse: without a window no mask is needed from x on.
+        dk, dv = _sweep_dkv(
+            dk, dv, k, v, keys, alive, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, lo, x, hi,
+            shift, scale, softcap, window, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, MASKED=True,
+        )  # fmt: skip
+        # Rows from hi on have probability 0 by their lse: without a window no mask is needed from x on.
         unmasked_stop = hi
         if window is not None:
             unmasked_stop = y
         dk, dv = _sweep_dkv(
-            dk, dv, k, v, keys, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, x,
+            dk, dv, k, v, keys, alive, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, x,
             unmasked_stop, hi, shift, scale, softcap, window, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, MASKED=False,
         )  # fmt: skip
         if window is not None:
             dk, dv = _sweep_dkv(
-                dk, dv, k, v, keys, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, y, hi, hi,
-                shift, scale, softcap, window, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, MASKED=True,
+                dk, dv, k, v, keys, alive, q_head_ptr, do_head_ptr, lse_ptr, delta_ptr, at, stride_qt, stride_dot, y, hi,
+                hi, shift, scale, softcap, window, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, MASKED=True,
             )  # fmt: skip
-    # Keys that no row may see were swept along with their tile, whatever their contents: their gradient is 0.
-    valid = ((keys >= key_lo) & (keys < key_hi))[:, None]
-    dk = tl.where(valid, dk * scale, 0.0)
-    dv = tl.where(valid, dv, 0.0)
+    # Keys that are not alive may hold NaN, and 0 * NaN stays in their own rows: those gradients are 0.
+    dk = tl.where(alive[:, None], dk * scale, 0.0)
+    dv = tl.where(alive[:, None], dv, 0.0)
     store_tile(dk_ptr + b * stride_dkb + head * stride_dkh, stride_dks, start, own_hi, dk, BLOCK_N, D, BLOCK_D)
     store_tile(dv_ptr + b * stride_dvb + head * stride_dvh, stride_dvs, start, own_hi, dv, BLOCK_N, DV, BLOCK_DV)
 
@@ -255,6 +258,11 @@ _FWD: TileTable = {}
 _BWD_DQ: TileTable = {}
 _BWD_DKV: TileTable = {}
 _DELTA_ROWS = 64
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    """A small vector that kernels read without a stride."""
+    return None if x is None else x.contiguous()
 
 
 class Mask(NamedTuple):
@@ -271,7 +279,7 @@ class Mask(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """The kernel arguments of the same meaning."""
-        tensors = {f"{name}_ptr": x for name, x in zip(self._fields[:4], self[:4], strict=True)}
+        tensors = {f"{name}_ptr": _packed(x) for name, x in zip(self._fields[:4], self[:4], strict=True)}
         # Wider than any tensor is as good as unlimited, and leaves position - window within int32.
         window = None if self.window is None else min(self.window, 2**30)
         return tensors | {"CAUSAL": self.causal, "window": window, "scale": self.scale, "softcap": self.softcap}
@@ -319,7 +327,7 @@ def _empty_output(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, mask = _unit_stride(q), _unit_stride(k), _unit_stride(v), Mask(*options)
+    q, k, v, sinks, mask = _unit_stride(q), _unit_stride(k), _unit_stride(v), _packed(sinks), Mask(*options)
     o, lse = _empty_output(q, v)
     B, H, T, _ = q.shape
     if lse.numel() == 0:
@@ -353,7 +361,7 @@ def _backward(
         if lse.numel():
             n_blocks = triton.cdiv(T, _DELTA_ROWS)
             _softmax_attention_bwd_delta[n_blocks * H * B,](
-                o, do, None if dlse is None else dlse.contiguous(), delta, *o.stride()[:3], *do.stride()[:3],
+                o, do, _packed(dlse), delta, *o.stride()[:3], *do.stride()[:3],
                 T, n_blocks, H, DV=widths["DV"], BLOCK_DV=widths["BLOCK_DV"], BLOCK_M=_DELTA_ROWS,
             )  # fmt: skip
             tile = _tile(_BWD_DQ, q, v)
@@ -429,7 +437,7 @@ def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor 
     """db_h = -sum_bi e^(b_h - lse) delta. Where lse is -inf, behind the last packed token, no sink was seen."""
     if sinks is None:
         return None
-    probability = torch.exp(sinks.float()[:, None] - lse)
+    probability = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
     return -torch.where(lse > float("-inf"), probability * delta, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
@@ -453,4 +461,4 @@ def softmax_attention(
     o, lse = _SoftmaxAttention.apply(
         q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens, causal, window, scale, softcap
     )
-    return (o, lse) if return_lse else o
+    return (o, lse * LN2.value) if return_lse else o

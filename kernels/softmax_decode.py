@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkit.kernels._common import INTERPRET, LN2, LOG2E, Tile, TileTable, architecture, cast, multiprocessors
+from effkit.kernels._common import INTERPRET, LOG2E, Tile, TileTable, architecture, cast, multiprocessors
 from effkit.kernels._softmax_tiles import attend, key_range, segment
 
 # Fewer queries than this come here: a tile of rows of one head would be mostly padding.
@@ -98,7 +98,7 @@ def _softmax_attention_combine(
     total = tl.where(peak == float("-inf"), 1.0, total)
     out_ptr = o_ptr + b * stride_ob + head * stride_oh + t * stride_ot
     tl.store(out_ptr + columns, cast(acc / total, o_ptr.dtype.element_ty), mask=columns < DV)
-    tl.store(lse_ptr + row, (peak + tl.log2(total)) * LN2)
+    tl.store(lse_ptr + row, peak + tl.log2(total))
 
 
 # BLOCK_M is the most rows a tile takes; it shrinks to the next power of two that holds the rows there are.
