@@ -8,20 +8,202 @@ same run. A row says everything needed to repeat it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import json
+import math
 import platform
+import re
 import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from effkit.ops import INTERPRET, Case, Op, resolve
+from effkit.testing import Result, judge, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where effkit is installed from one
+MODES = ("forward", "forward+backward")
+
+# What the backward pass adds to a ledger's count of one forward pass. Each product of matrices has two in its
+# backward; recomputing counts as nothing. A backward pass reads the inputs and the gradient of the output and writes
+# the gradients of the inputs: with inputs as large as outputs that is 3 tensors beside forward's 2.
+WORK = {"forward": (1.0, 1.0), "forward+backward": (3.0, 2.5)}
+
+Row = dict[str, Any]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+class NotVerified(RuntimeError):
+    """What was to be timed does not equal its reference."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who computes a case: an effkit backend ("effkit torch") or a rival of the ledger."""
+
+    name: str
+    call: Callable[..., Any]
+
+    @property
+    def own(self) -> bool:
+        return self.name.startswith("effkit ")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one case, and who was left out and why."""
+
+    rows: list[Row]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best rates that this machine showed: a large copy (bytes read and written) and a product of matrices."""
+
+    copy_gb_per_s: float
+    matrix_tflop_per_s: float
+
+    def least_ms(self, flops: float, size: float) -> float:
+        """The time that these operations and bytes need at least."""
+        return max(flops / self.matrix_tflop_per_s / 1e9, size / self.copy_gb_per_s / 1e6)
+
+
+def run(
+    op: Op,
+    case: Case,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rivals: Collection[str] | None = None,
+    seconds: float = 1.0,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Judges and times one case; rivals: these names of the ledger, None for all; seconds for each measurement.
+
+    Raises NotVerified where one of effkit's backends does not equal its reference. A rival that is not installed,
+    cannot compute the case or breaks on it is left out with the reason.
+    """
+    torch.compiler.reset()  # rivals that compile get each case anew: torch gives up on a function after a few shapes
+    inputs = make_inputs(op, case, dtype, device)
+    providers, skipped = line_up(op, case, inputs, rivals)
+    check = shortened(op, case, 2048 if device.type == "cuda" else 512)
+    agrees = {}
+    for provider in list(providers):
+        tell(f"{op.name} {case.name}: judging {provider.name}")
+        try:
+            agrees[provider.name] = _judge(op, check, provider, dtype, device)
+            for mode in modes(op):
+                _call(op, provider, case, inputs, mode)()
+        except Exception as error:
+            if provider.own:
+                raise
+            providers.remove(provider)
+            skipped[provider.name] = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    rows, here = [], environment(device)
+    for mode in modes(op):
+        tell(f"{op.name} {case.name}: timing {mode}")
+        calls = [_call(op, provider, case, inputs, mode) for provider in providers]
+        for provider, call, times in zip(providers, calls, interleave(calls, device, seconds), strict=True):
+            rows.append(
+                {
+                    **_about(op, case, dtype, mode),
+                    "provider": provider.name,
+                    **_times(times),
+                    "peak_bytes": _peak_bytes(call, device),
+                    **_rates(op, case, dtype, mode, times, ceilings(device, dtype)),
+                    "judged": {"agrees": agrees[provider.name], "sizes": dict(check.sizes)},
+                    **here,
+                }
+            )
+    return Report(rows, skipped)
+
+
+def modes(op: Op) -> tuple[str, ...]:
+    """What is timed: forward, and with the backward pass where the op has one."""
+    return MODES if op.grads else MODES[:1]
+
+
+def line_up(
+    op: Op, case: Case, inputs: Mapping[str, Tensor], rivals: Collection[str] | None = None
+) -> tuple[list[Provider], dict[str, str]]:
+    """Who computes the case, and who does not and why."""
+    arguments = {**inputs, **case.options}
+    found, skipped = [Provider("effkit torch", functools.partial(op.function, backend="torch"))], {}
+    if op.triton is not None:
+        reason = "it runs in the interpreter here" if INTERPRET else op.why_not_triton(arguments)
+        if reason is None:
+            found.append(Provider("effkit triton", functools.partial(op.function, backend="triton")))
+        else:
+            skipped["effkit triton"] = reason
+    for name, path in op.rivals.items():
+        if rivals is None or name in rivals:
+            rival = resolve(path)
+            reason = rival.cannot(**arguments)
+            if reason is None:
+                found.append(Provider(name, rival))
+            else:
+                skipped[name] = reason
+    return found, skipped
+
+
+def shortened(op: Op, case: Case, limit: int) -> Case:
+    """The case with its long axes cut to the limit, for a reference whose cost may grow with their square.
+
+    The last axes of the tensors, the widths, stay: kernels are chosen by them.
+    """
+    widths = {shape.axes[-1] for shape in op.signature.inputs if len(shape.axes) > 1}
+
+    def cut(axis: str, size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if axis in widths:
+            return size
+        return tuple(min(n, limit) for n in size) if isinstance(size, tuple) else min(size, limit)
+
+    return dataclasses.replace(case, sizes={axis: cut(axis, size) for axis, size in case.sizes.items()}, large=False)
+
+
+def interleave(calls: list[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Milliseconds of each call: in every round all take a turn, and each round begins with another one.
+
+    So a machine that slows down slows everybody down. At least five rounds, until the seconds (for each) are spent.
+    """
+    clocks = [_cuda_clock(call, device) if device.type == "cuda" else _cpu_clock(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() < end and rounds < 500):
+        for turn in range(len(calls)):
+            i = (rounds + turn) % len(calls)
+            times[i].append(clocks[i]())
+        rounds += 1
+    return times
+
+
+@functools.cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measures this machine: the best of ten copies of a large tensor and of ten products of square matrices."""
+    cuda = device.type == "cuda"
+    size = 1 << (30 if cuda else 28)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if cuda else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+
+    def best(call: Callable[[], Any]) -> float:
+        clock = _cuda_clock(call, device) if cuda else _cpu_clock(call)
+        return min(clock() for _ in range(10))
+
+    return Ceilings(2 * size / best(lambda: target.copy_(source)) / 1e6, 2 * n**3 / best(lambda: a @ b) / 1e9)
+
+
+def environment(device: torch.device) -> Row:
     """What a row says about where it was measured."""
     return {
         "device": device_name(device),
@@ -54,6 +236,193 @@ def version(package: str) -> str | None:
         return None
 
 
+def results_path(row: Row) -> Path:
+    """Where a row is kept: benchmarks/results/<device>-<torch>-<triton>.jsonl of the checkout."""
+    name = "-".join(str(row[key] or "none") for key in ("device", "torch", "triton"))
+    return ROOT / "benchmarks" / "results" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.jsonl"
+
+
+def append(rows: Iterable[Row]) -> None:
+    """Adds rows to the results of the checkout."""
+    for row in rows:
+        with results_path(row).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def ratio(row: Row, rows: Iterable[Row]) -> float | None:
+    """How many times as long as effkit this rival took on the same case, mode and dtype; None for effkit itself.
+
+    effkit is what it takes by itself: the kernel where it was timed, else the torch path.
+    """
+    keys = ("op", "case", "dtype", "mode", "device")
+    own = [other for other in rows if other["provider"].startswith("effkit ") and all(row[k] == other[k] for k in keys)]
+    if row["provider"].startswith("effkit ") or not own:
+        return None
+    taken = max(own, key=lambda other: other["provider"] == "effkit triton")
+    return row["median_ms"] / taken["median_ms"]
+
+
+def short(number: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{float(f'{number:.3g}'):.15g}" if number >= 1e-3 else f"{number:.5f}"
+
+
+def plot(rows: list[Row], path: str | Path) -> None:
+    """Bars of milliseconds, one panel for each op, dtype and mode; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["op"], row["dtype"], row["mode"]), []).append(row)
+    heights = [len(panel) for panel in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 0.3 * sum(heights) + len(panels)), height_ratios=heights, squeeze=False
+    )
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        medians = [row["median_ms"] for row in panel]
+        spread = [
+            [row["median_ms"] - row["p20_ms"] for row in panel],
+            [row["p80_ms"] - row["median_ms"] for row in panel],
+        ]
+        colors = [f"C{names.index(row['provider'])}" for row in panel]
+        axis.barh(range(len(panel)), medians, xerr=spread, color=colors)
+        axis.set_yticks(range(len(panel)), [f"{row['case']}, {row['provider']}" for row in panel])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("milliseconds, median with p20 and p80")
+        axis.set_title(f"{', '.join(title)} on {panel[0]['device']}", loc="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _judge(op: Op, case: Case, provider: Provider, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a provider equals the reference on a case; NotVerified when effkit itself does not."""
+    inputs = make_inputs(op, case, dtype, device)
+    grads = tuple(name for name in op.grads if name in inputs)
+    rows = judge(
+        functools.partial(provider.call, **case.options),
+        functools.partial(op.function, **case.options, backend="reference"),
+        inputs,
+        grads,
+    )
+    result = Result(op.name, case.name, str(dtype), provider.name, device.type, tuple(rows))
+    if provider.own and not result.ok:
+        raise NotVerified(f"not timed, because it is wrong:\n{result}")
+    return result.ok
+
+
+def _call(op: Op, provider: Provider, case: Case, inputs: Mapping[str, Tensor], mode: str) -> Callable[[], Any]:
+    """The provider's work on the inputs, as a function without arguments."""
+    if mode == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return provider.call(**inputs, **case.options)
+
+        return forward
+
+    leaves = {name: inputs[name].detach().requires_grad_() for name in op.grads if name in inputs}
+    cotangents: list[Tensor] = []
+
+    def both() -> Any:
+        outputs = provider.call(**{**inputs, **leaves}, **case.options)
+        outputs = [outputs] if isinstance(outputs, Tensor) else [out for out in outputs if out is not None]
+        if not cotangents:
+            cotangents.extend(torch.randn_like(out) for out in outputs)
+        return torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+
+    return both
+
+
+def _cpu_clock(call: Callable[[], Any]) -> Callable[[], float]:
+    """A function that returns the milliseconds of one call, a mean over so many calls that 20 ms pass."""
+
+    def elapsed(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) * 1e3 / count
+
+    elapsed(1)
+    count = max(1, math.ceil(20 / elapsed(1)))
+    return lambda: elapsed(count)
+
+
+def _cuda_clock(call: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    """A function that returns the milliseconds of one call on the GPU, with cold caches.
+
+    The memory written before the call empties the second-level cache, and takes long enough for the call to be queued
+    before the GPU comes to it: what is measured is the GPU, not the launch.
+    """
+    flush = _flush_buffer(device)
+    call()
+
+    def elapsed() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+
+    return elapsed
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(1 << 30, dtype=torch.uint8, device=device)
+
+
+def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that one call takes beside what was there; None on a CPU, where torch does not count it."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _about(op: Op, case: Case, dtype: torch.dtype, mode: str) -> Row:
+    return {
+        "op": op.name,
+        "case": case.name,
+        "sizes": dict(case.sizes),
+        "options": dict(case.options),
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+    }
+
+
+def _times(times: list[float]) -> Row:
+    low, median, high = (
+        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    )
+    return {"median_ms": median, "p20_ms": low, "p80_ms": high, "rounds": len(times)}
+
+
+def _rates(op: Op, case: Case, dtype: torch.dtype, mode: str, times: list[float], limits: Ceilings) -> Row:
+    """Rates at the median time, from the ledger's counts, and the share of the time that the ceilings allow."""
+    more_flops, more_bytes = WORK[mode]
+    flops = op.flops(case) * more_flops
+    size = op.traffic(case) * dtype.itemsize * more_bytes
+    median = _times(times)["median_ms"]
+    return {
+        "flops": flops,
+        "bytes": size,
+        "gb_per_s": size / median / 1e6,
+        "tflop_per_s": flops / median / 1e9,
+        **dataclasses.asdict(limits),
+        "share_of_ceiling": limits.least_ms(flops, size) / median,
+    }
+
+
 def _power_limit(device: torch.device) -> float | None:
     """Watts that the GPU may draw, as nvidia-smi says; None for a processor, which does not say."""
     if device.type != "cuda":
@@ -63,7 +432,7 @@ def _power_limit(device: torch.device) -> float | None:
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
-def _source() -> dict[str, Any]:
+def _source() -> Row:
     """The commit of the checkout, and whether what decides speed differs from it; None outside a checkout."""
     if not (ROOT / ".git").exists():
         return {"commit": None, "dirty": None}

@@ -1,0 +1,193 @@
+"""What users call today instead: the rivals that `effkit bench` times beside an op.
+
+A rival takes the arguments of the op's torch function by name and says by `cannot(...)` why it cannot compute them, or
+None. Masks are made once and kept, as a model shares one among its layers: making them is not timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effkit.ops import resolve
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A function to be timed, and why it cannot compute some arguments."""
+
+    call: Callable[..., Any]
+    cannot: Callable[..., str | None]
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.call(**arguments)
+
+
+def rival(cannot: Callable[..., str | None]) -> Callable[[Callable[..., Any]], Rival]:
+    """Decorator: the function is a rival that cannot compute what `cannot(**arguments)` gives a reason against."""
+    return lambda call: Rival(call, cannot)
+
+
+def _more_than_plain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
+    """Reason against arguments of softmax_attention beyond causal, window and scale."""
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    more = [name for name in given if name not in ("causal", "window", "scale")]
+    return f"does not take {', '.join(more)}" if more else None
+
+
+def _too_many_scores(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
+    """Reason against a score matrix (float32, several copies of it) that would fill the machine."""
+    size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * 4
+    limit = 16 if q.is_cuda else 1
+    if size > limit << 30:
+        return f"its scores take {size / 2**30:.1f} GiB, several times over"
+    return _more_than_plain(q, k, v, **options)
+
+
+def _not_on_cuda(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
+    return _more_than_plain(q, k, v, **options) if q.is_cuda else "for CUDA only"
+
+
+@rival(_more_than_plain)
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention: is_causal where it means the same, else a boolean mask."""
+    grouped = q.shape[1] != k.shape[1]
+    square = q.shape[2] == k.shape[2] and window is None
+    mask = None if not causal or square else _boolean_mask(q.shape[2], k.shape[2], window, q.device)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and square, scale=scale, enable_gqa=grouped
+    )
+
+
+@rival(_too_many_scores)
+def transformers_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """attn_implementation="eager" of transformers: repeated keys, the whole score matrix, an additive mask."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    mask = _additive_mask(q.shape[2], k.shape[2], window, q.device, q.dtype) if causal else None
+    scaling = q.shape[3] ** -0.5 if scale is None else scale
+    return eager_attention_forward(_layer(q.shape[1] // k.shape[1]), q, k, v, mask, scaling)[0].transpose(1, 2)
+
+
+@rival(_not_on_cuda)
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """torch.nn.attention.flex_attention, compiled for the shape."""
+    mask = _block_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
+    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _cannot_compile(x: Tensor, **_: Any) -> str | None:
+    missing = not x.is_cuda and not any(map(shutil.which, ("g++", "clang++", "c++")))
+    return "torch.compile needs a C++ compiler" if missing else None
+
+
+def _no_liger(x: Tensor, weight: Tensor | None = None, **_: Any) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    if not x.is_cuda:
+        return "for CUDA only"
+    return "needs a weight" if weight is None else None
+
+
+@rival(lambda **_: None)
+def dyt_eager(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The expression, operation by operation."""
+    return _dyt(x, alpha, weight, bias)
+
+
+@rival(_cannot_compile)
+def dyt_compiled(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The expression through torch.compile, for the shape."""
+    return _compiled_dyt()(x, alpha, weight, bias)
+
+
+@rival(_no_liger)
+def dyt_liger(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Liger's kernel."""
+    liger_dyt = resolve("liger_kernel.transformers.functional:liger_dyt")
+    return liger_dyt(x, alpha.reshape(1), weight, bias)
+
+
+def _dyt(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = torch.tanh(alpha * x)
+    y = y if weight is None else weight * y
+    return y if bias is None else y + bias
+
+
+@functools.cache
+def _compiled_dyt() -> Callable[..., Any]:
+    return torch.compile(_dyt, dynamic=False)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _layer(groups: int) -> nn.Module:
+    """What transformers' function asks of the layer that calls it."""
+    layer = nn.Module().eval()
+    layer.num_key_value_groups = groups
+    return layer
+
+
+@functools.lru_cache(maxsize=1)
+def _boolean_mask(t: int, s: int, window: int | None, device: torch.device) -> Tensor:
+    """[T, S], True where a causal query, aligned bottom-right, sees the key."""
+    position = torch.arange(t, device=device)[:, None] + s - t
+    keys = torch.arange(s, device=device)
+    visible = keys <= position
+    return visible if window is None else visible & (keys > position - window)
+
+
+@functools.lru_cache(maxsize=1)
+def _additive_mask(t: int, s: int, window: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1, 1, T, S], 0 where the key is seen, else the lowest number."""
+    hidden = ~_boolean_mask(t, s, window, device)
+    return torch.zeros(1, 1, t, s, device=device, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+@functools.lru_cache(maxsize=1)
+def _block_mask(t: int, s: int, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        near = k <= q + s - t
+        return near if window is None else near & (k > q + s - t - window)
+
+    return create_block_mask(visible, None, None, t, s, device=device)
