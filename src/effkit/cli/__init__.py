@@ -86,16 +86,16 @@ def bench(
     benchmarks.bench(ops or [], device, dtype, case or [], rival or [], quick, json, plot, save)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="Less text and fewer healing steps.")] = False,
     device: Device = None,
     json: Json = None,
 ) -> None:
     """Watch the techniques at work on a small trained model."""
-    from effkit.cli import demo as demonstration
+    from effkit.cli import demo
 
-    demonstration.run(json=json, quick=quick, device=device)
+    demo.run(json=json, quick=quick, device=device)
 
 
 def main() -> None:
