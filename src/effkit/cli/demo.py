@@ -1,7 +1,7 @@
 """effkit demo: each technique on a small trained language model and real text, one line each, in under three minutes.
 
-A technique gets its line from an entry of ROWS. Every row starts from a fresh copy of the model; a row with heal_steps
-is shown twice, as it comes out of the change and after that many training steps.
+A technique gets its line from an entry of ROWS. Every row starts from a fresh copy of the model; a row that heals is
+shown twice, as it comes out of the change and after a short training, the same for all.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from effkit.attention import GQAConfig, SoftmaxAttentionConfig
 from effkit.change import ChangeConfig
 from effkit.cli import output
 from effkit.cli.arguments import find_device
+from effkit.norm import DyTConfig
 
 PROMPT = "def read_lines(path):\n"
-SAMPLE_BYTES = 60
+SAMPLE_BYTES = 56  # with its title 80 columns wide
 
 
 @dataclass(frozen=True)
 class Row:
-    """One technique: prepare takes a fresh copy of the model and returns the changed one, which heal_steps may train."""
+    """One technique: prepare takes a fresh copy of the model and returns the changed one; heals: show it healed too."""
 
     name: str
     prepare: Callable[[nn.Module], nn.Module]
-    heal_steps: int = 0
+    heals: bool = False
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is computed: held-out windows per measurement, windows per training step, most steps of a healing."""
+    """How much is computed: held-out windows per measurement, steps of a healing and windows per step."""
 
     windows: int
+    heal_steps: int
     heal_rows: int
-    most_steps: int
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ ROWS = (
     Row("exact attention", changed_by(SoftmaxAttentionConfig())),
     Row("window of 128 tokens", changed_by(SoftmaxAttentionConfig(window=128))),
     Row("window of 32 tokens", changed_by(SoftmaxAttentionConfig(window=32))),
-    Row("GQA, 8 -> 4 kv heads", changed_by(GQAConfig(num_kv_heads=4)), heal_steps=40),
-    Row("GQA, 8 -> 1 kv heads", changed_by(GQAConfig(num_kv_heads=1)), heal_steps=40),
+    Row("GQA, 8 -> 4 kv heads", changed_by(GQAConfig(num_kv_heads=4)), heals=True),
+    Row("GQA, 8 -> 1 kv heads", changed_by(GQAConfig(num_kv_heads=1)), heals=True),
+    Row("DyT for every norm", changed_by(DyTConfig()), heals=True),
 )
-FULL = Effort(windows=48, heal_rows=4, most_steps=1000)
-QUICK = Effort(windows=4, heal_rows=2, most_steps=2)
+FULL = Effort(windows=48, heal_steps=40, heal_rows=4)
+QUICK = Effort(windows=4, heal_steps=2, heal_rows=2)
 
 
 def run(json: str | None = None, quick: bool = False, device: str | None = None) -> None:
@@ -96,46 +98,41 @@ def run(json: str | None = None, quick: bool = False, device: str | None = None)
     if json not in (None, "-") and not Path(str(json)).parent.is_dir():
         output.fail(f"--json is {json!r}, but {str(Path(str(json)).parent)!r} is no folder")
     start = time.perf_counter()
-    bench = _Bench(QUICK if quick else FULL, find_device(device))
+    effort, where = QUICK if quick else FULL, find_device(device)
     console = output.console(json)
-    console.print(_introduction(bench.effort), end="\n\n")
+    console.print(_introduction(effort), end="\n\n")
     with _quiet_transformers(), output.progress() as progress:
-        measured = list(bench.measure_all(ROWS, progress))
+        bench = _Bench(effort, where, progress)
+        measured = [line for row in ROWS for line in bench.measure_row(row)]
     seconds = time.perf_counter() - start
     _print_rows(console, measured, seconds)
-    output.write_json(json, {**_conditions(bench, seconds), "rows": [asdict(row) for row in measured]})
+    output.write_json(json, {**_conditions(effort, where, seconds), "rows": [asdict(line) for line in measured]})
 
 
 class _Bench:
-    """The model, the text and the measurements; a row's work is counted in windows passed forward."""
+    """The model, the text and what is measured on them; progress counts windows passed forward."""
 
-    def __init__(self, effort: Effort, device: torch.device) -> None:
-        self.effort, self.device = effort, device
-
-    def measure_all(self, rows: tuple[Row, ...], progress: Progress) -> Iterator[Measured]:
-        self.progress = progress
-        self.task = progress.add_task("loading", total=sum(map(self._work, rows)))
-        self.model = zoo.load_model(attn_implementation="sdpa").to(self.device)  # type: ignore[arg-type]
+    def __init__(self, effort: Effort, device: torch.device, progress: Progress) -> None:
+        self.effort, self.device, self.progress = effort, device, progress
+        self.task = progress.add_task("loading", total=sum(_work(row, effort) for row in ROWS))
+        self.model = zoo.load_model(attn_implementation="sdpa").to(device)  # type: ignore[arg-type]
         self.tokenizer: Any = zoo.load_tokenizer()
-        self.heldout = zoo.heldout_batches(self.effort.windows)
-        steps = max(map(self._steps, rows))
-        self.training = zoo.training_batches(steps, self.effort.heal_rows) if steps else []
+        self.heldout = zoo.heldout_batches(effort.windows)
+        self.training = zoo.training_batches(effort.heal_steps, effort.heal_rows)
         self.logits = self._logits(self.model)
         self._sample(self.model)  # the first generation of a process is slow
-        for row in rows:
-            yield from self._measure_row(row)
 
-    def _measure_row(self, row: Row) -> Iterator[Measured]:
+    def measure_row(self, row: Row) -> Iterator[Measured]:
+        """The lines of a technique: as it comes out of the change, and healed."""
         model = row.prepare(copy.deepcopy(self.model)).eval()
         yield self._measure(row.name, 0, model)
-        steps = self._steps(row)
-        if steps:
+        if row.heals:
 
             def show(step: int, bits: float) -> None:
-                self._advance(3 * self.effort.heal_rows, f"{row.name}: healing, step {step} of {steps}")
+                self._advance(3 * self.effort.heal_rows, f"{row.name}: healing, step {step} of {len(self.training)}")
 
-            zoo.heal(model, self.training[:steps], on_step=show)
-            yield self._measure(row.name, steps, model)
+            zoo.heal(model, self.training, on_step=show)
+            yield self._measure(row.name, len(self.training), model)
 
     def _measure(self, name: str, steps: int, model: nn.Module) -> Measured:
         self._advance(0, f"{name}: measuring")
@@ -170,17 +167,14 @@ class _Bench:
     def _advance(self, work: int, description: str | None = None) -> None:
         self.progress.update(self.task, advance=work, description=description)
 
-    def _steps(self, row: Row) -> int:
-        return min(row.heal_steps, self.effort.most_steps)
-
-    def _work(self, row: Row) -> int:
-        measure = self.effort.windows + _SAMPLE_WORK
-        steps = self._steps(row)
-        # A training step costs about three forward passes.
-        return measure + (3 * self.effort.heal_rows * steps + measure if steps else 0)
-
 
 _SAMPLE_WORK = 12  # windows that could be read in the time of one sample, about
+
+
+def _work(row: Row, effort: Effort) -> int:
+    """What a row costs, in windows passed forward; a training step costs about three of them per window."""
+    measure = effort.windows + _SAMPLE_WORK
+    return measure + (3 * effort.heal_rows * effort.heal_steps + measure if row.heals else 0)
 
 
 def _introduction(effort: Effort) -> str:
@@ -200,20 +194,20 @@ def _print_rows(console: Console, measured: list[Measured], seconds: float) -> N
     speeds = ("prefill\ntokens/s", "decode\ntokens/s")
     for head in ("bits per\nbyte", "parameters", "cache\nB/token", *speeds, "logits\nmoved"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in measured:
+    for line in measured:
         table.add_row(
-            _title(row),
-            f"{row.bits_per_byte:.3f}",
-            f"{row.parameters:,}",
-            f"{row.cache_bytes_per_token:,.0f}",
-            f"{row.prefill_tokens_per_second:,.0f}",
-            f"{row.decode_tokens_per_second:,.0f}",
-            f"{row.largest_logit_difference:.2g}",
+            _title(line),
+            f"{line.bits_per_byte:.3f}",
+            f"{line.parameters:,}",
+            f"{line.cache_bytes_per_token:,.0f}",
+            f"{line.prefill_tokens_per_second:,.0f}",
+            f"{line.decode_tokens_per_second:,.0f}",
+            f"{line.largest_logit_difference:.2g}",
         )
     console.print(table)
     console.print(f"\nGreedy continuations of {PROMPT!r}:")
-    for row in measured:
-        console.print(f"{_title(row):21}  {_printable(row.sample)}", no_wrap=True, overflow="ellipsis")
+    for line in measured:
+        console.print(f"{_title(line):21} |{_printable(line.sample)}|", no_wrap=True, overflow="ellipsis")
     console.print(
         f"\nlogits moved: the largest difference from a logit of the baseline. Speeds are of this run on this machine "
         f"({seconds:.0f} s in all). What the rows show: docs/demo.md. That every fast path equals its equation here: "
@@ -221,8 +215,8 @@ def _print_rows(console: Console, measured: list[Measured], seconds: float) -> N
     )
 
 
-def _title(row: Measured) -> str:
-    return f"  healed, {row.heal_steps} steps" if row.heal_steps else row.technique
+def _title(line: Measured) -> str:
+    return f"  healed, {line.heal_steps} steps" if line.heal_steps else line.technique
 
 
 def _printable(text: str) -> str:
@@ -230,7 +224,7 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _conditions(bench: _Bench, seconds: float) -> dict[str, Any]:
+def _conditions(effort: Effort, device: torch.device, seconds: float) -> dict[str, Any]:
     import transformers
 
     return {
@@ -238,11 +232,10 @@ def _conditions(bench: _Bench, seconds: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": str(bench.device),
+        "device": str(device),
         "threads": torch.get_num_threads(),
-        "heldout_windows": bench.effort.windows,
+        "effort": asdict(effort),
         "context": zoo.CONTEXT,
-        "heal_rows": bench.effort.heal_rows,
         "prompt": PROMPT,
         "seconds": round(seconds, 1),
     }
