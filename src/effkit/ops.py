@@ -105,7 +105,8 @@ class Op:
         if backend == "triton":
             if self.triton is None:
                 raise BackendUnavailable(f"{self.name} has no triton backend; choices: 'reference', 'torch'")
-            return resolve(self.triton)
+            _import_kernel(self.name)
+            return self.__dict__["kernel"]
         return {"reference": self.reference, "torch": self.torch}[backend]
 
     def choose(self, backend: str | None, arguments: Mapping[str, Any]) -> Choice:
@@ -151,7 +152,7 @@ def register(op: Op) -> Op:
     """Enters an op into the ledger and returns it; the name must be new."""
     if op.name in OPS:
         raise ValueError(f"op {op.name!r} is already in the ledger")
-    parse(op.shapes)
+    op.signature  # noqa: B018 - parsed now: a malformed line fails here, and torch.compile finds it ready
     OPS[op.name] = op
     return op
 
@@ -206,10 +207,17 @@ def _load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-@torch.compiler.assume_constant_result
 def resolve(path: str) -> Any:
     """The object behind "module:name", imported on first use."""
     return _load(path)
+
+
+@torch.compiler.assume_constant_result
+def _import_kernel(name: str) -> None:
+    """Keeps an op's kernel as an attribute: torch.compile can guard that, but no function returned by a call."""
+    op = OPS[name]
+    if op.triton is not None:
+        op.__dict__.setdefault("kernel", resolve(op.triton))
 
 
 @functools.cache
