@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from effkit.norm.dyt import batched, gradients
 
 @triton.jit
 def _row_offsets(rows, inner, stride_outer, stride_inner):
-    """Where rows start: row n lies at (n // inner, n % inner). inner == 1, rows at one stride, compiles to a product."""
+    """Where rows start: row n lies at (n // inner, n % inner). With inner == 1 it compiles to a single product."""
     return rows // inner * stride_outer + rows % inner * stride_inner
 
 
@@ -23,14 +24,15 @@ def _row_offsets(rows, inner, stride_outer, stride_inner):
 def _load_channels(ptr, channels, C, default):
     """Channels of a parameter in float32, `default` where there is none."""
     if ptr is None:
-        return tl.full(channels.shape, default, tl.float32)
-    return tl.load(ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
+        values = tl.full(channels.shape, default, tl.float32)
+    else:
+        values = tl.load(ptr + channels, mask=channels < C, other=0.0).to(tl.float32)
+    return values
 
 
-# One program owns BLOCK_N rows x BLOCK_C channels: it reads x once and writes y once. Neighbouring programs take neighbouring
-# channels of the same rows, so that memory is walked in order; the tile is what fills a thread's registers with a few
-# 16-byte loads.
-@triton.jit(do_not_specialize=["N", "C"])
+# One program owns BLOCK_N rows x BLOCK_C channels: it reads x once and writes y once. Neighbouring programs take
+# neighbouring channels of the same rows, so that memory is walked in order; the tile is a few 16-byte loads a thread.
+@triton.jit(do_not_specialize=["N"])
 def _dynamic_tanh_fwd(
     x_ptr, alpha_ptr, weight_ptr, bias_ptr, y_ptr, inner, stride_outer, stride_inner, N, C,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -49,10 +51,10 @@ def _dynamic_tanh_fwd(
     tl.store(y_ptr + rows[:, None] * C + channels[None, :], cast(y, y_ptr.dtype.element_ty), mask=ok)
 
 
-# One program owns a stripe of rows x BLOCK_C channels. It reads x and dy once, writes dx, and keeps three sums over its rows
-# tile-shaped in registers; only at the end does it fold them and write one float32 row of each to partials [3, stripes, C].
-# The second stage adds the stripes in a fixed order: no atomics, the same bits every time.
-@triton.jit(do_not_specialize=["N", "C", "stripe", "n_stripes"])
+# One program owns a stripe of rows x BLOCK_C channels. It reads x and dy once, writes dx, and keeps three sums over its
+# rows tile-shaped in registers; only at the end does it fold them and write one float32 row of each to partials
+# [3, stripes, C]. The second stage adds the stripes in a fixed order: no atomics, the same bits every time.
+@triton.jit(do_not_specialize=["N", "stripe", "n_stripes"])
 def _dynamic_tanh_bwd(
     dy_ptr, x_ptr, alpha_ptr, weight_ptr, dx_ptr, partials_ptr,
     dy_inner, stride_dy_outer, stride_dy_inner, x_inner, stride_x_outer, stride_x_inner, N, C, stripe, n_stripes,
@@ -97,11 +99,17 @@ class Tile(NamedTuple):
 
 
 _WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
-# (architecture, channels up to, bytes of an element) -> tile. 32 elements a thread forward; backward, where three sums and
-# two inputs are alive, 16.
-_FWD = {(arch, width, size): Tile(8192 // width, width, 8) for arch in (80, 90, 100) for width in _WIDTHS for size in (2, 4)}
-_BWD = {(arch, width, size): Tile(4096 // width, width, 8) for arch in (80, 90, 100) for width in _WIDTHS for size in (2, 4)}
-_STRIPES = 2  # programs of the backward for each multiprocessor: what fits beside one another
+
+
+def _table(elements: int, num_warps: int) -> dict[tuple[int, int, int], Tile]:
+    """(architecture, channels up to, bytes of an element) -> tile."""
+    keys = itertools.product((80, 90, 100), _WIDTHS, (2, 4))
+    return {(arch, width, size): Tile(elements // width, width, num_warps) for arch, width, size in keys}
+
+
+_FWD = _table(4096, 4)  # 32 elements a thread: parameters are loaded once for several rows
+_BWD = _table(2048, 4)  # 16: three sums and two inputs are alive
+_STRIPES = 4  # programs of the backward for each multiprocessor, about what its registers hold at a time
 
 
 def _tile(table: dict[tuple[int, int, int], Tile], x: Tensor) -> Tile:
@@ -219,29 +227,33 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: T
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every tile of the table at a wide and a narrow width, with and without parameters, for each architecture."""
+    """Both kernels for wide and narrow rows, with and without parameters, rows at one stride and at two."""
+    variants = [
+        (1024, "bf16", True, True),
+        (1024, "fp32", True, True),
+        (1024, "bf16", True, False),
+        (64, "bf16", False, True),
+    ]
+    kernels = [(_dynamic_tanh_fwd, _FWD), (_dynamic_tanh_bwd, _BWD)]
     return [
-        spec
+        _spec(kernel, table, arch, *variant)
         for arch in (80, 90, 100)
-        for width in (64, 1024)
-        for dtype in ("bf16", "fp32")
-        for affine in (True, False)
-        for spec in _specs(arch, width, dtype, affine)
+        for variant in variants
+        for kernel, table in kernels
     ]
 
 
-def _specs(arch: int, width: int, dtype: str, affine: bool) -> list[AotSpec]:
-    def spec(kernel: Any, tile: Tile) -> AotSpec:
-        types = {"alpha_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "partials_ptr": "*fp32"}
-        signature = {
-            name: types.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in kernel.arg_names
-        }
-        constants: dict[str, Any] = {"BLOCK_N": tile.BLOCK_N, "BLOCK_C": tile.BLOCK_C}
-        constants |= {name: 1 for name in kernel.arg_names if name.endswith("inner") and "stride" not in name}
-        if not affine:
-            constants |= {name: None for name in ("weight_ptr", "bias_ptr") if name in kernel.arg_names}
-        name = f"{kernel.__name__[1:]} C={width} {dtype}{'' if affine else ' bare'} sm_{arch}"
-        return AotSpec(name, kernel, signature, constants, tile.num_warps, 1, arch)
-
-    key = arch, width, {"bf16": 2, "fp32": 4}[dtype]
-    return [spec(_dynamic_tanh_fwd, _FWD[key]), spec(_dynamic_tanh_bwd, _BWD[key])]
+def _spec(
+    kernel: Any, table: dict[tuple[int, int, int], Tile], arch: int, width: int, dtype: str, affine: bool, flat: bool
+) -> AotSpec:
+    tile = table[arch, width, {"bf16": 2, "fp32": 4}[dtype]]
+    pointers = {"alpha_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "partials_ptr": "*fp32"}
+    types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    constants: dict[str, Any] = {"BLOCK_N": tile.BLOCK_N, "BLOCK_C": tile.BLOCK_C}
+    if flat:
+        constants |= dict.fromkeys(("inner", "x_inner", "dy_inner"), 1)
+    if not affine:
+        constants |= {"weight_ptr": None, "bias_ptr": None}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    name = f"{kernel.__name__[1:]} C={width} {dtype}{'' if affine else ' bare'}{'' if flat else ' sliced'}"
+    return AotSpec(name, kernel, types | pointers, constants, tile.num_warps, 1, arch)

@@ -31,7 +31,9 @@ from effkit.change import ChangeConfig, Edit, no_match, set_module
 from effkit.ops import Case, Op, register
 
 
-def dynamic_tanh_reference(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def dynamic_tanh_reference(
+    x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """The equation."""
     y = torch.tanh(alpha * x)
     if weight is not None:
@@ -122,7 +124,8 @@ class DyT(nn.Module):
 
         It has a weight or a bias only where the norm has one. device and dtype are for norms without parameters.
         """
-        weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
+        weight: Any = getattr(old, "weight", None)
+        bias: Any = getattr(old, "bias", None)
         shape = tuple(getattr(old, "normalized_shape", ()) if weight is None else weight.shape)
         if len(shape) != 1:
             raise ValueError(f"DyT.from_module: {old} normalises over shape {list(shape)}, expected one axis [C]")
@@ -148,9 +151,7 @@ class DyT(nn.Module):
         return dynamic_tanh(x, self.alpha, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.channels}, alpha0={self.alpha0}, weight={self.weight is not None}, bias={self.bias is not None}"
-        )
+        return f"{self.channels}, alpha0={self.alpha0}, weight={self.weight is not None}, bias={self.bias is not None}"
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,9 @@ def _place(name: str) -> str:
 
 
 _INSIDE = re.compile(r"(q|k|v|kv|qk|query|key|value)_.*")
-_ATTENTION = re.compile(r"(?!post).*att(n|ention).*|input_(layer_?)?norm|(layer_?|rms_?)?(ln|norm)_?1|layer_?norm_before")
+_ATTENTION = re.compile(
+    r"(?!post).*att(n|ention).*|input_(layer_?)?norm|(layer_?|rms_?)?(ln|norm)_?1|layer_?norm_before"
+)
 
 
 def _checked_alpha0(value: float) -> float:
