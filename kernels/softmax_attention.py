@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -390,33 +391,74 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
 
 
+def _fold_heads(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """A mapped x joined with its heads, [B, H, ...] -> [B, size H, ...] or [H] -> [size H]; grouping survives that."""
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1) if x.ndim == 2 else x.movedim(0, 1).flatten(1, 2)
+
+
+def _vmap(run: Callable[..., tuple[Tensor, ...]], n_heads: int) -> Callable[..., tuple[Any, Any]]:
+    """The batching rule of an operator whose first n_heads arguments have heads."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if any(dim is not None for dim in in_dims[n_heads:]):
+            raise ValueError("softmax_attention cannot be vmapped over key_starts, key_lengths, query_offset or cu_seqlens")
+        size = info.batch_size
+        folded = [_fold_heads(x, dim, size) for x, dim in zip(args[:n_heads], in_dims, strict=False)]
+        outputs = run(*folded, *args[n_heads:])
+        return tuple(x.unflatten(1, (size, -1)) for x in outputs), (1,) * len(outputs)
+
+    return rule
+
+
 _MASK_SCHEMA = (
     "Tensor? key_starts, Tensor? key_lengths, Tensor? query_offset, Tensor? cu_seqlens, "
     "bool causal, int? window, float scale, float? softcap"
 )
 _library = torch.library.Library("effkit", "FRAGMENT")
-_library.define(
-    f"softmax_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_MASK_SCHEMA}) -> (Tensor, Tensor)"
-)
-_library.define(
-    "softmax_attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"{_MASK_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-for _name, _run, _fake in (
-    ("softmax_attention_forward", _forward, _fake_forward),
-    ("softmax_attention_backward", _backward, _fake_backward),
-):
+
+
+def _define(name: str, tensors: str, outputs: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.define(f"{name}({tensors}, {_MASK_SCHEMA}) -> ({outputs})")
     # The interpreter works on tensors in main memory; without it they have no kernel, and the dispatcher says so.
-    _library.impl(_name, _run, "CPU" if INTERPRET else "CUDA")
-    torch.library.register_fake(f"effkit::{_name}", _fake, lib=_library)
+    _library.impl(name, run, "CPU" if INTERPRET else "CUDA")
+    op = getattr(torch.ops.effkit, name).default
+    torch.library.register_fake(op, fake, lib=_library)
+    torch.library.register_vmap(op, _vmap(op, tensors.count("Tensor")), lib=_library)
+    return op
 
 
+_forward_op = _define(
+    "softmax_attention_forward",
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks",
+    "Tensor o, Tensor lse",
+    _forward,
+    _fake_forward,
+)
+_backward_op = _define(
+    "softmax_attention_backward",
+    "Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse",
+    "Tensor dq, Tensor dk, Tensor dv, Tensor delta",
+    _backward,
+    _fake_backward,
+)
+
+
+# torch.compile tells a forward with a context from one without by its number of parameters: none of them may be a *args.
 class _SoftmaxAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.effkit.softmax_attention_forward(q, k, v, sinks, *options)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+        key_starts: Tensor | None, key_lengths: Tensor | None, query_offset: Tensor | None, cu_seqlens: Tensor | None,
+        causal: bool, window: int | None, scale: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return _forward_op(
+            q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens, causal, window, scale, softcap
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -427,10 +469,32 @@ class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         q, k, v, sinks, o, lse, *tensors = ctx.saved_tensors
-        dq, dk, dv, delta = torch.ops.effkit.softmax_attention_backward(
-            do, dlse, q, k, v, o, lse, *tensors, *ctx.scalars
-        )
+        dq, dk, dv, delta = _SoftmaxAttentionBackward.apply(do, dlse, q, k, v, o, lse, *tensors, *ctx.scalars)
         return dq, dk, dv, _sinks_gradient(sinks, lse, delta), *[None] * 8
+
+
+class _SoftmaxAttentionBackward(torch.autograd.Function):
+    """A function of its own so that a second derivative is refused: the bare operator's would be zero without a word."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+        key_starts: Tensor | None, key_lengths: Tensor | None, query_offset: Tensor | None, cu_seqlens: Tensor | None,
+        causal: bool, window: int | None, scale: float, softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return _backward_op(
+            do, dlse, q, k, v, o, lse, key_starts, key_lengths, query_offset, cu_seqlens, causal, window, scale, softcap
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError('the kernels of softmax_attention have no second derivative; backend="reference" has')
 
 
 def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
@@ -439,6 +503,13 @@ def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor 
         return None
     probability = torch.exp2(sinks.float()[:, None] * LOG2E.value - lse)
     return -torch.where(lse > float("-inf"), probability * delta, 0.0).sum((0, 2)).to(sinks.dtype)
+
+
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one (shared keys and values) as a view: torch.compile refuses a Function that gets one twice."""
+    return [
+        x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
+    ]
 
 
 def softmax_attention(
@@ -458,7 +529,6 @@ def softmax_attention(
     query_offset: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The kernels behind effkit.attention.softmax_attention, which documents and has checked the arguments."""
-    o, lse = _SoftmaxAttention.apply(
-        q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens, causal, window, scale, softcap
-    )
+    tensors = _distinct(q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens)
+    o, lse = _SoftmaxAttention.apply(*tensors, causal, window, scale, softcap)
     return (o, lse * LN2.value) if return_lse else o
