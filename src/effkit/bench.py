@@ -13,8 +13,10 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -83,14 +85,16 @@ def run(
     device: torch.device,
     dtype: torch.dtype,
     rivals: Collection[str] | None = None,
-    seconds: float = 1.0,
+    seconds: float | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Judges and times one case; rivals: these names of the ledger, None for all; seconds for each measurement.
+    """Judges and times one case; rivals: these names of the ledger, None for all; seconds for each measurement,
+    by default 0.5 on a GPU and 1 on a CPU.
 
     Raises NotVerified where one of effkit's backends does not equal its reference. A rival that is not installed,
     cannot compute the case or breaks on it is left out with the reason.
     """
+    seconds = seconds or (0.5 if device.type == "cuda" else 1.0)
     torch.compiler.reset()  # rivals that compile get each case anew: torch gives up on a function after a few shapes
     inputs = make_inputs(op, case, dtype, device)
     providers, skipped = line_up(op, case, inputs, rivals)
@@ -249,17 +253,22 @@ def append(rows: Iterable[Row]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def ratio(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as long as effkit this rival took on the same case, mode and dtype; None for effkit itself.
+def compared(rows: Iterable[Row]) -> list[Row]:
+    """The rows with "to_effkit", how many times as long as effkit each provider took in the same measurement.
 
-    effkit is what it takes by itself: the kernel where it was timed, else the torch path.
+    effkit is what it takes by itself, the kernel where it was timed, else the torch path; that row holds None.
     """
-    keys = ("op", "case", "dtype", "mode", "device")
-    own = [other for other in rows if other["provider"].startswith("effkit ") and all(row[k] == other[k] for k in keys)]
-    if row["provider"].startswith("effkit ") or not own:
-        return None
-    taken = max(own, key=lambda other: other["provider"] == "effkit triton")
-    return row["median_ms"] / taken["median_ms"]
+    measurements: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("device", "timestamp", "op", "case", "dtype", "mode"))
+        measurements.setdefault(key, {})[row["provider"]] = row
+    found = []
+    for measured in measurements.values():
+        own = "effkit triton" if "effkit triton" in measured else "effkit torch"
+        for name, row in measured.items():
+            times = row["median_ms"] / measured[own]["median_ms"]
+            found.append({**row, "to_effkit": None if name == own else times})
+    return found
 
 
 def short(number: float) -> str:
@@ -267,8 +276,11 @@ def short(number: float) -> str:
     return f"{float(f'{number:.3g}'):.15g}" if number >= 1e-3 else f"{number:.5f}"
 
 
-def plot(rows: list[Row], path: str | Path) -> None:
-    """Bars of milliseconds, one panel for each op, dtype and mode; needs matplotlib."""
+def plot(rows: Iterable[Row], path: str | Path) -> None:
+    """Bars of the time relative to effkit's, one panel for each op, dtype and mode, from `compared` rows.
+
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,26 +288,23 @@ def plot(rows: list[Row], path: str | Path) -> None:
 
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        panels.setdefault((row["op"], row["dtype"], row["mode"]), []).append(row)
-    heights = [len(panel) for panel in panels.values()]
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(9, 0.3 * sum(heights) + len(panels)), height_ratios=heights, squeeze=False
-    )
-    names = list(dict.fromkeys(row["provider"] for row in rows))
+        panels.setdefault((row["op"], row["mode"], row["dtype"], row["device"]), []).append(row)
+    bars = [len(panel) for panel in panels.values()]
+    size = (9, 0.3 * sum(bars) + 0.9 * len(panels))
+    figure, axes = pyplot.subplots(len(panels), figsize=size, height_ratios=bars, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row["provider"] for panel in panels.values() for row in panel))
     for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
-        medians = [row["median_ms"] for row in panel]
-        spread = [
-            [row["median_ms"] - row["p20_ms"] for row in panel],
-            [row["p80_ms"] - row["median_ms"] for row in panel],
-        ]
+        length = [row["to_effkit"] or 1.0 for row in panel]
+        below = [x * (1 - row["p20_ms"] / row["median_ms"]) for x, row in zip(length, panel, strict=True)]
+        above = [x * (row["p80_ms"] / row["median_ms"] - 1) for x, row in zip(length, panel, strict=True)]
         colors = [f"C{names.index(row['provider'])}" for row in panel]
-        axis.barh(range(len(panel)), medians, xerr=spread, color=colors)
+        drawn = axis.barh(range(len(panel)), length, xerr=[below, above], color=colors)
+        axis.bar_label(drawn, [f"{short(row['median_ms'])} ms" for row in panel], padding=6)
         axis.set_yticks(range(len(panel)), [f"{row['case']}, {row['provider']}" for row in panel])
         axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlabel("milliseconds, median with p20 and p80")
-        axis.set_title(f"{', '.join(title)} on {panel[0]['device']}", loc="left")
-    figure.tight_layout()
+        axis.margins(x=0.15)
+        axis.set_xlabel("time, effkit = 1 (median with p20 and p80)")
+        axis.set_title(", ".join(title), loc="left")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -348,8 +357,8 @@ def _cpu_clock(call: Callable[[], Any]) -> Callable[[], float]:
             call()
         return (time.perf_counter() - start) * 1e3 / count
 
-    elapsed(1)
-    count = max(1, math.ceil(20 / elapsed(1)))
+    first = elapsed(1)
+    count = max(1, math.ceil(20 / (elapsed(1) if first < 200 else first)))
     return lambda: elapsed(count)
 
 
@@ -424,18 +433,22 @@ def _rates(op: Op, case: Case, dtype: torch.dtype, mode: str, times: list[float]
 
 
 def _power_limit(device: torch.device) -> float | None:
-    """Watts that the GPU may draw, as nvidia-smi says; None for a processor, which does not say."""
-    if device.type != "cuda":
+    """Watts that the GPU may draw, as nvidia-smi says; None where there is nothing to say it."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ["nvidia-smi", "-i", uuid, "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+    answer = re.fullmatch(r"[0-9.]+", subprocess.run(query, capture_output=True, text=True).stdout.strip())
+    return float(answer[0]) if answer else None
 
 
 def _source() -> Row:
-    """The commit of the checkout, and whether what decides speed differs from it; None outside a checkout."""
+    """The commit of the checkout, and whether what decides speed differs from it.
+
+    Where the files travelled without their history, EFFKIT_COMMIT names the commit, and nobody knows the rest.
+    """
     if not (ROOT / ".git").exists():
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("EFFKIT_COMMIT"), "dirty": None}
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", "src", "kernels"))}
 
 

@@ -75,6 +75,15 @@ def sdpa(
     )
 
 
+class _Layer(nn.Module):
+    """What transformers' function asks of the layer that calls it."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+        self.eval()
+
+
 @rival(_too_many_scores)
 def transformers_eager(
     q: Tensor,
@@ -90,7 +99,7 @@ def transformers_eager(
 
     mask = _additive_mask(q.shape[2], k.shape[2], window, q.device, q.dtype) if causal else None
     scaling = q.shape[3] ** -0.5 if scale is None else scale
-    return eager_attention_forward(_layer(q.shape[1] // k.shape[1]), q, k, v, mask, scaling)[0].transpose(1, 2)
+    return eager_attention_forward(_Layer(q.shape[1] // k.shape[1]), q, k, v, mask, scaling)[0].transpose(1, 2)
 
 
 @rival(_not_on_cuda)
@@ -156,14 +165,6 @@ def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.cache
-def _layer(groups: int) -> nn.Module:
-    """What transformers' function asks of the layer that calls it."""
-    layer = nn.Module().eval()
-    layer.num_key_value_groups = groups
-    return layer
 
 
 @functools.lru_cache(maxsize=1)

@@ -47,7 +47,7 @@ def bench(
                     device=where,
                     dtype=kind,
                     rivals=rivals or None,
-                    seconds=0.1 if quick else 1.0,
+                    seconds=0.1 if quick else None,
                     tell=lambda what: bar.update(task, description=what),
                 )
             except timing.NotVerified as error:
@@ -60,11 +60,14 @@ def bench(
                 timing.append(report.rows)
             bar.advance(task)
     write_json(json, {**timing.environment(where), "rows": rows, "skipped": skipped})
+    rows = timing.compared(rows)
     if plot is not None:
         timing.plot(rows, plot)
     out = console(json)
     for _, group in itertools.groupby(sorted(rows, key=_panel), key=_panel):
         out.print(_table(list(group)))
+    if not all(row["judged"]["agrees"] for row in rows):
+        out.print("(differs): further from the reference than effkit verify allows an implementation to be")
     for line, left_out in skipped.items():
         out.print(f"{line} ({', '.join(left_out)})")
 
@@ -91,13 +94,12 @@ def _table(rows: list[Row]) -> Any:
     made = table(title, "case", "who", *numbers, right=numbers)
     for _, group in itertools.groupby(rows, key=lambda row: row["case"]):
         for i, row in enumerate(group):
-            times = timing.ratio(row, rows)
             made.add_row(
                 row["case"] if i == 0 else "",
                 row["provider"] + ("" if row["judged"]["agrees"] else " (differs)"),
                 timing.short(row["median_ms"]),
                 f"{timing.short(row['p20_ms'])} - {timing.short(row['p80_ms'])}",
-                "" if times is None else f"{times:.2f}x",
+                "" if row["to_effkit"] is None else f"{row['to_effkit']:.2f}x",
                 timing.short(row["gb_per_s"]),
                 timing.short(row["tflop_per_s"]),
                 f"{row['share_of_ceiling']:.0%}",

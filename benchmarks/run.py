@@ -1,0 +1,196 @@
+"""The one command for a machine.
+
+    python benchmarks/run.py
+        verify everything, time everything, keep the rows, renew the tables
+    python benchmarks/run.py --gpu-session OUT
+        on a GPU, in under 8 minutes: verify all cases, measure tiles, time all ops against their rivals; results and a
+        log in the folder OUT
+
+Each step is a process of its own with a time limit: one that hangs or takes the GPU down with it loses its own results,
+not those of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+EFFKIT = (sys.executable, "-m", "effkit.cli")
+# Seconds for each step of a GPU session: 7 minutes and a half together.
+LIMITS = {"verify": 150, "tune": 110, "rivals": 110, "compiled": 60}
+
+
+@dataclass
+class Session:
+    """Where a GPU session leaves its results, and what it has to say at the end."""
+
+    out: Path
+    summary: list[str] = field(default_factory=list)
+
+    def step(self, name: str, command: tuple[str, ...], deadline: float) -> None:
+        """Runs a command until it ends or its time is over; its output goes to the log."""
+        start = time.monotonic()
+        with (self.out / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"\n=== {name}: {' '.join(command)}\n")
+            log.flush()
+            code = run_until(command, deadline, log)
+        self.say(
+            f"{name}: {'out of time' if code is None else f'exit code {code}'} after {time.monotonic() - start:.0f} s"
+        )
+
+    def say(self, line: str) -> None:
+        self.summary.append(line)
+        print(line, flush=True)
+
+
+def run_until(command: tuple[str, ...], deadline: float, output: Any) -> int | None:
+    """The exit code of a command; None where it and its children had to be ended at the deadline."""
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def ordinary_run(quick: bool) -> int:
+    """Verify, bench, report; stops at the first that fails."""
+    bench = (*EFFKIT, "bench", "--save", *(["--quick"] if quick else []))
+    for command in ((*EFFKIT, "verify"), bench, (sys.executable, str(HERE / "report.py"))):
+        code = subprocess.run(command).returncode
+        if code:
+            return code
+    return 0
+
+
+def gpu_session(out: Path) -> int:
+    """All that a GPU is needed for, the most important first."""
+    out.mkdir(parents=True, exist_ok=True)
+    session = Session(out)
+    end = time.monotonic()
+    end += LIMITS["verify"]
+    correct = verify_in_parallel(session, end)
+    end += LIMITS["tune"]
+    tune = (
+        sys.executable,
+        str(HERE / "tune.py"),
+        "--seconds",
+        str(LIMITS["tune"] - 10),
+        "--out",
+        str(out / "tiles.json"),
+    )
+    session.step("tune", tune, end)
+    # FlexAttention compiles for long: it comes last, so that it cannot cost the others their time.
+    fast = [name for name in rival_names() if name != "flex"]
+    end += LIMITS["rivals"]
+    bench = (*EFFKIT, "bench", "--device", "cuda", "--save")
+    session.step("bench", (*bench, *(word for name in fast for word in ("--rival", name))), end)
+    end += LIMITS["compiled"]
+    session.step("bench against flex", (*bench, "softmax_attention", "--rival", "flex"), end)
+    collect_rows(session)
+    (out / "summary.txt").write_text("\n".join(session.summary) + "\n", encoding="utf-8")
+    return 0 if correct else 1
+
+
+def verify_in_parallel(session: Session, deadline: float) -> bool:
+    """effkit verify on the GPU, in as many processes as there are processors: its time is the compiler's.
+
+    Large cases come last and alone, for their references fill the memory.
+    """
+    small, large = shares(workers := max(1, min(12, (os.cpu_count() or 4) - 2)))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(number_and_share: tuple[int, tuple[str, ...]]) -> dict[str, Any]:
+            number, share = number_and_share
+            path = Path(folder) / f"{number}.json"
+            command = (*EFFKIT, "verify", "--device", "cuda", "--json", str(path), *share)
+            with (Path(folder) / f"{number}.txt").open("w") as output:
+                code = run_until(command, deadline, output)
+            if path.exists():
+                return json.loads(path.read_text(encoding="utf-8"))
+            tail = (Path(folder) / f"{number}.txt").read_text(encoding="utf-8").splitlines()[-5:]
+            reason = "out of time" if code is None else f"exit code {code}"
+            return {"results": [], "lost": {"share": share, "reason": reason, "tail": tail}}
+
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(run, enumerate(small)))
+        parts += [run((len(small) + i, share)) for i, share in enumerate(large)]
+    results = [result for part in parts for result in part["results"]]
+    lost = [part["lost"] for part in parts if "lost" in part]
+    wrong = [result for result in results if not result["ok"]]
+    (session.out / "verify.json").write_text(json.dumps({"results": results, "lost": lost}), encoding="utf-8")
+    session.say(f"verify: {len(results)} judged, {len(wrong)} wrong, {len(lost)} of {len(parts)} processes lost")
+    for result in wrong[:20]:
+        worst = [f"{row['tensor']} {row['detail']}" for row in result["rows"] if not row["ok"]]
+        session.say(f"  {result['op']} [{result['case']}] {result['dtype']} {result['backend']}: {worst[0]}")
+    for part in lost:
+        session.say(f"  lost ({part['reason']}): {' '.join(part['share'])} {' '.join(part['tail'][-1:])}")
+    return not wrong and not lost
+
+
+def shares(count: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Arguments of `effkit verify` for each process: small cases dealt to about `count`, large cases one each."""
+    from effkit.ops import load_ops
+
+    small, large = [], []
+    ops = load_ops().values()
+    total = sum(not case.large for op in ops for case in op.cases)
+    for op in ops:
+        cases = [case.name for case in op.cases if not case.large]
+        hands = max(1, round(count * len(cases) / total))
+        for hand in range(hands):
+            small.append((op.name, *(word for name in cases[hand::hands] for word in ("--case", name))))
+        large += [(op.name, "--case", case.name) for case in op.cases if case.large]
+    return small, large
+
+
+def rival_names() -> list[str]:
+    """Every rival of the ledger."""
+    from effkit.ops import load_ops
+
+    return list(dict.fromkeys(name for op in load_ops().values() for name in op.rivals))
+
+
+def collect_rows(session: Session) -> None:
+    """Copies this GPU's rows beside the other results and says the short of them."""
+    import torch
+
+    from effkit import bench
+
+    path = bench.results_path(bench.environment(torch.device("cuda")))
+    if not path.exists():
+        session.say("no rows")
+        return
+    shutil.copy(path, session.out / path.name)
+    rows = bench.compared(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    for row in rows:
+        times = "" if row["to_effkit"] is None else f"{row['to_effkit']:.2f}x effkit"
+        session.say(
+            f"{row['op']:18} {row['case']:20} {row['mode']:17} {row['provider']:19}"
+            f"{bench.short(row['median_ms']):>7} ms {row['share_of_ceiling']:4.0%} {times}".rstrip()
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-session", metavar="OUT", type=Path, help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    arguments = parser.parse_args()
+    return gpu_session(arguments.gpu_session) if arguments.gpu_session else ordinary_run(arguments.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
