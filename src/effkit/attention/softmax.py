@@ -468,6 +468,8 @@ _CASES = (
     Case("window", _sizes(1, (4, 2), 127, 32), dict(causal=True, window=16, return_lse=True)),
     Case("window over all", _sizes(1, 2, 40, 16), dict(causal=True, window=64)),
     Case("window, more keys", _sizes(1, 2, (30, 101), 16), dict(causal=True, window=33)),
+    Case("window, blocks", _sizes(1, (4, 2), (280, 300), 16), dict(causal=True, window=40)),
+    Case("several blocks", _sizes(1, (2, 1), (290, 290), 16), dict(causal=True, softcap=30.0, return_lse=True)),
     Case("softcap", _sizes(1, 2, 65, 32), dict(causal=True, softcap=2.0, return_lse=True), gain=dict(q=4.0)),
     Case("sinks", _sizes(2, (4, 2), 65, 32), dict(causal=True, return_lse=True), ("sinks",)),
     Case("sinks where nothing is seen", _sizes(1, 2, (9, 4), 16), dict(causal=True, return_lse=True), ("sinks",)),

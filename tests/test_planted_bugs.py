@@ -1,0 +1,108 @@
+"""The judge is judged: small mutations of torch paths and kernels, each of which must turn an equivalence test red.
+
+A mutation replaces one text in a copy of the package; another process then judges the cases of the ledger named with
+it, as tests/test_equivalence.py does. The untouched copy must stay green on the same cases.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effkit.ops import INTERPRET
+
+ROOT = Path(__file__).parent.parent
+
+JUDGE = """
+import sys
+from effkit.ops import get_op
+from effkit.testing import DTYPES, compare
+import effkit
+assert effkit.__file__.startswith({copy!r}), effkit.__file__
+op, cases = get_op({op!r}), {cases!r}
+found = [case for case in op.cases if case.name in cases]
+assert len(found) == len(cases), "a case is missing from the ledger"
+results = [compare(op, {backend!r}, case, DTYPES[0]) for case in found]
+print(*results, sep="\\n")
+sys.exit(0 if all(result.ok for result in results) else 3)
+"""
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A text in a file and what a tired programmer might have written instead; the cases that must notice."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    cases: tuple[str, ...]
+    op: str = "softmax_attention"
+    backend: str = "torch"
+
+
+SOFTMAX, MASK = "effkit/attention/softmax.py", "effkit/attention/_mask.py"
+BUGS = (
+    Bug("window loses a key", MASK, "offset - self.window + 1", "offset - self.window + 2", ("window, blocks",)),
+    Bug("last key out of range", MASK, "row_end + self.offset if", "row_end + self.offset - 1 if", ("softcap",)),
+    Bug("diagonal not masked", MASK, "key_end - 1 > row + self.offset", "key_end > row_end + self.offset", ("softcap",)),
+    Bug("padding kept", MASK, "gone | (j >= self.lengths)", "gone | (j >= self.lengths - 1)", ("right padding",)),
+    Bug("sink not counted", SOFTMAX, "total + torch.exp(sink - top)", "total + 0 * torch.exp(sink - top)", ("sinks",)),
+    Bug("gradient of lse dropped", SOFTMAX, ".sum(3) - d_lse", ".sum(3) - 0 * d_lse", ("softcap",)),
+    Bug("slope of softcap", SOFTMAX, "softcap * bent, 1 - bent * bent", "softcap * bent, 1 - bent", ("softcap",)),
+    Bug("gradient not scaled", SOFTMAX, "None], k.shape[1])) * scale", "None], k.shape[1]))", ("softcap",)),
+    Bug("sign of the sink's gradient", SOFTMAX, "d_sinks = -(share * delta)", "d_sinks = (share * delta)", ("sinks",)),
+    Bug("groups not causal", SOFTMAX, "k, v, is_causal=True", "k, v, is_causal=False", ("multi-query",)),
+    Bug("scale forgotten", SOFTMAX, "is_causal=causal, scale=scale)", "is_causal=causal)", ("scaled",)),
+    Bug("tail of a packed batch", SOFTMAX, "q.shape[2] - bounds[-1]", "q.shape[2] - bounds[-2]", ("packed",)),
+    Bug("empty row divides", SOFTMAX, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
+        ("rows that see nothing",)),
+)  # fmt: skip
+
+
+def planted() -> Iterator[Any]:
+    for bug in BUGS:
+        if (bug.backend == "triton") == INTERPRET:
+            yield pytest.param(bug, id=bug.name.replace(" ", "_"), marks=[pytest.mark.interpreter] if INTERPRET else [])
+
+
+def copy_package(to: Path) -> Path:
+    shutil.copytree(ROOT / "src" / "effkit", to / "effkit", ignore=shutil.ignore_patterns("__pycache__", "model"))
+    shutil.copytree(ROOT / "kernels", to / "effkit" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return to
+
+
+def judge(copy: Path, op: str, backend: str, cases: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    script = JUDGE.format(copy=str(copy), op=op, backend=backend, cases=cases)
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script], env=environment, cwd=copy, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("bug", list(planted()))
+def test_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
+    file = copy_package(tmp_path) / bug.file
+    source = file.read_text()
+    assert source.count(bug.right) == 1, f"{bug.right!r} stands {source.count(bug.right)} times in {bug.file}"
+    file.write_text(source.replace(bug.right, bug.wrong))
+    ended = judge(tmp_path, bug.op, bug.backend, bug.cases)
+    assert ended.returncode == 3, f"not caught, or crashed:\n{ended.stdout}\n{ended.stderr[-2000:]}"
+    assert "WRONG" in ended.stdout
+
+
+def controls() -> Iterator[Any]:
+    for op, backend in sorted({(bug.op, bug.backend) for bug in BUGS}):
+        if (backend == "triton") == INTERPRET:
+            yield pytest.param(op, backend, marks=[pytest.mark.interpreter] if INTERPRET else [])
+
+
+@pytest.mark.parametrize(("op", "backend"), list(controls()))
+def test_the_untouched_copy_is_green(op: str, backend: str, tmp_path: Path) -> None:
+    cases = tuple(sorted({case for bug in BUGS if (bug.op, bug.backend) == (op, backend) for case in bug.cases}))
+    ended = judge(copy_package(tmp_path), op, backend, cases)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
