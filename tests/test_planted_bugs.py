@@ -47,21 +47,21 @@ class Bug:
     backend: str = "torch"
 
 
-SOFTMAX, MASK = "effkit/attention/softmax.py", "effkit/attention/_mask.py"
+SOFTMAX, BLOCKS, MASK = (f"effkit/attention/{name}.py" for name in ("softmax", "_blocks", "_mask"))
 BUGS = (
     Bug("window loses a key", MASK, "offset - self.window + 1", "offset - self.window + 2", ("window, blocks",)),
     Bug("last key out of range", MASK, "row_end + self.offset if", "row_end + self.offset - 1 if", ("softcap",)),
-    Bug("diagonal not masked", MASK, "key_end - 1 > row + self.offset", "key_end > row_end + self.offset", ("softcap",)),
+    Bug("diagonal not masked", MASK, "key_end - 1 > row + self", "key_end > row_end + self", ("softcap",)),
     Bug("padding kept", MASK, "gone | (j >= self.lengths)", "gone | (j >= self.lengths - 1)", ("right padding",)),
-    Bug("sink not counted", SOFTMAX, "total + torch.exp(sink - top)", "total + 0 * torch.exp(sink - top)", ("sinks",)),
-    Bug("gradient of lse dropped", SOFTMAX, ".sum(3) - d_lse", ".sum(3) - 0 * d_lse", ("softcap",)),
-    Bug("slope of softcap", SOFTMAX, "softcap * bent, 1 - bent * bent", "softcap * bent, 1 - bent", ("softcap",)),
-    Bug("gradient not scaled", SOFTMAX, "None], k.shape[1])) * scale", "None], k.shape[1]))", ("softcap",)),
-    Bug("sign of the sink's gradient", SOFTMAX, "d_sinks = -(share * delta)", "d_sinks = (share * delta)", ("sinks",)),
+    Bug("sink not counted", BLOCKS, "total + torch.exp(sink - top)", "total + 0 * torch.exp(sink - top)", ("sinks",)),
+    Bug("gradient of lse dropped", BLOCKS, ".sum(3) - d_lse", ".sum(3) - 0 * d_lse", ("softcap",)),
+    Bug("slope of softcap", BLOCKS, "softcap * bent, 1 - bent * bent", "softcap * bent, 1 - bent", ("softcap",)),
+    Bug("gradient not scaled", BLOCKS, "None], k.shape[1])) * scale", "None], k.shape[1]))", ("softcap",)),
+    Bug("sign of the sink's gradient", BLOCKS, "d_sinks = -(share * delta)", "d_sinks = (share * delta)", ("sinks",)),
     Bug("groups not causal", SOFTMAX, "k, v, is_causal=True", "k, v, is_causal=False", ("multi-query",)),
     Bug("scale forgotten", SOFTMAX, "is_causal=causal, scale=scale)", "is_causal=causal)", ("scaled",)),
     Bug("tail of a packed batch", SOFTMAX, "q.shape[2] - bounds[-1]", "q.shape[2] - bounds[-2]", ("packed",)),
-    Bug("empty row divides", SOFTMAX, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
+    Bug("empty row divides", BLOCKS, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
         ("rows that see nothing",)),
 )  # fmt: skip
 

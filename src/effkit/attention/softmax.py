@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effkit.attention._blocks import BlockAttention, fold, unfold, wide_dtype
 from effkit.attention._mask import Mask
 from effkit.change import ChangeConfig
 from effkit.ops import Case, Op, register
@@ -63,7 +64,7 @@ def softmax_attention_reference(
     weights = torch.where(sees, torch.softmax(finite, dim=3), 0.0)
     lse = torch.where(sees[..., 0], torch.logsumexp(finite, dim=3), -math.inf)
     o = weights @ v
-    return (o, lse.to(_wide(q.dtype))) if return_lse else o
+    return (o, lse.to(wide_dtype(q.dtype))) if return_lse else o
 
 
 def softmax_attention_torch(
@@ -91,7 +92,7 @@ def softmax_attention_torch(
     square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
     if plain and q.numel() and k.numel() and (square or (q.shape[2] == 1 and window is None) or not causal):
         return _by_sdpa(q, k, v, causal and q.shape[2] > 1, scale)
-    o, lse = _Blocks.apply(
+    o, lse = BlockAttention.apply(
         q, k, v, sinks, key_lengths, cu_seqlens, key_starts, query_offset, causal, window, scale, softcap
     )
     return (o, lse) if return_lse else o
@@ -170,136 +171,6 @@ class SoftmaxAttentionConfig(ChangeConfig):
             raise ValueError(f"backend is {self.backend!r}, choices: None, 'reference', 'torch', 'triton'")
 
 
-class _Blocks(torch.autograd.Function):
-    """Attention by blocks of query rows: scores of one block exist at a time, in forward and in backward.
-
-    A block folds the query heads of one key head into its rows, so that keys are read once and never repeated.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        key_lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        key_starts: Tensor | None,
-        query_offset: Tensor | None,
-        causal: bool,
-        window: int | None,
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        mask = Mask.of(q, k, causal, window, key_lengths, cu_seqlens, key_starts, query_offset)
-        queries, keys, values = mask.blank_padding(q, k, v)
-        outs, lses = [], []
-        for row, end in _row_blocks(q, k, window):
-            lo, hi = mask.key_range(row, end, k.shape[2])
-            scores = _scores(queries, keys, mask, (row, end, lo, hi), scale, softcap)[0]
-            top = scores.amax(3, keepdim=True) if hi > lo else scores.new_full((*scores.shape[:3], 1), -math.inf)
-            if sinks is not None:
-                sink = _per_row(sinks, scores, end - row)
-                top = torch.maximum(top, sink)
-            top = top.clamp_min(torch.finfo(scores.dtype).min)  # rows that see nothing: exp(-inf - finite) = 0
-            weights = torch.exp(scores - top)
-            total = weights.sum(3, keepdim=True)
-            if sinks is not None:
-                total = total + torch.exp(sink - top)
-            out = weights @ values[:, :, lo:hi].to(scores.dtype) / total.clamp_min(torch.finfo(scores.dtype).tiny)
-            lse = torch.where(total > 0, top + total.log(), -math.inf)
-            outs.append(_unfold(out, q.shape[1]).to(q.dtype))
-            lses.append(_unfold(lse, q.shape[1])[..., 0])
-        if not outs:
-            return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3], dtype=_wide(q.dtype))
-        return torch.cat(outs, 2), torch.cat(lses, 2)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:8], *output)
-        ctx.options = inputs[8:]
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, key_lengths, cu_seqlens, key_starts, query_offset, out, lse = ctx.saved_tensors
-        causal, window, scale, softcap = ctx.options
-        mask = Mask.of(q, k, causal, window, key_lengths, cu_seqlens, key_starts, query_offset)
-        queries, keys, values = mask.blank_padding(q, k, v)
-        wide = _wide(q.dtype)
-        delta = (d_out.to(wide) * out.to(wide)).sum(3) - d_lse  # [B, Hq, T]
-        finite = torch.where(lse == -math.inf, 0.0, lse)
-        dq = []
-        dk = torch.zeros_like(k, dtype=wide)
-        dv = torch.zeros_like(v, dtype=wide)
-        for row, end in _row_blocks(q, k, window):
-            lo, hi = mask.key_range(row, end, k.shape[2])
-            scores, slope = _scores(queries, keys, mask, (row, end, lo, hi), scale, softcap)
-            weights = torch.exp(scores - _fold(finite[:, :, row:end, None], k.shape[1]))
-            d_block = _fold(d_out[:, :, row:end].to(wide), k.shape[1])
-            d_weights = d_block @ values[:, :, lo:hi].to(wide).mT
-            d_scores = weights * (d_weights - _fold(delta[:, :, row:end, None], k.shape[1])) * scale
-            if slope is not None:
-                d_scores = d_scores * slope
-            dq.append(_unfold(d_scores @ keys[:, :, lo:hi].to(wide), q.shape[1]))
-            dk[:, :, lo:hi] += d_scores.mT @ _fold(queries[:, :, row:end].to(wide), k.shape[1])
-            dv[:, :, lo:hi] += weights.mT @ d_block
-        d_sinks = None
-        if sinks is not None:
-            share = torch.exp(sinks.to(wide)[:, None] - lse)  # each row's weight on its sink
-            d_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        d_q = torch.cat(dq, 2).to(q.dtype) if dq else torch.zeros_like(q)
-        return (d_q, dk.to(k.dtype), dv.to(v.dtype), d_sinks, *[None] * 8)
-
-
-def _scores(
-    q: Tensor, k: Tensor, mask: Mask, block: tuple[int, int, int, int], scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Masked scores [B, Hkv, G * rows, keys] of a block, and the slope of its softcap (None without one)."""
-    row, end, lo, hi = block
-    wide = _wide(q.dtype)
-    scores = _fold(q[:, :, row:end].to(wide), k.shape[1]) @ k[:, :, lo:hi].to(wide).mT * scale
-    slope = None
-    if softcap is not None:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
-    if mask.cuts(row, end, lo, hi):
-        hidden = ~mask.visible(row, end, lo, hi)
-        group = q.shape[1] // k.shape[1]
-        folded = scores.unflatten(2, (group, end - row)).masked_fill(hidden[:, :, None], -math.inf)
-        scores = folded.flatten(2, 3)
-    return scores, slope
-
-
-def _row_blocks(q: Tensor, k: Tensor, window: int | None) -> list[tuple[int, int]]:
-    """Ranges of query rows, of a size that keeps one block's scores in a few megabytes."""
-    rows = q.shape[2]
-    seen = k.shape[2] if window is None else min(k.shape[2], 2 * window)
-    size = max(16, min(128, _BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * seen)))
-    return [(row, min(row + size, rows)) for row in range(0, rows, size)]
-
-
-_BLOCK_SCORES = 1 << 21
-
-
-def _fold(x: Tensor, heads: int) -> Tensor:
-    """[B, Hq, rows, n] -> [B, Hkv, G * rows, n]."""
-    return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(2, 3)
-
-
-def _unfold(x: Tensor, heads: int) -> Tensor:
-    """[B, Hkv, G * rows, n] -> [B, Hq, rows, n]."""
-    group = heads // x.shape[1]
-    return x.unflatten(2, (group, x.shape[2] // group)).flatten(1, 2)
-
-
-def _per_row(sinks: Tensor, scores: Tensor, rows: int) -> Tensor:
-    """sinks [Hq] -> [1, Hkv, G * rows, 1], beside the rows of a folded block."""
-    heads = scores.shape[1]
-    return sinks.to(scores.dtype).view(1, heads, -1, 1).repeat_interleave(rows, dim=2)
-
-
 def _by_sequence(
     q: Tensor, k: Tensor, v: Tensor, bounds: list[int], return_lse: bool, options: dict[str, Any]
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -314,7 +185,7 @@ def _by_sequence(
     out = q.new_zeros(*q.shape[:2], rest, v.shape[3])
     if not return_lse:
         return torch.cat([*parts, out], 2)
-    lse = q.new_full((*q.shape[:2], rest), -math.inf, dtype=_wide(q.dtype))
+    lse = q.new_full((*q.shape[:2], rest), -math.inf, dtype=wide_dtype(q.dtype))
     return torch.cat([part[0] for part in parts] + [out], 2), torch.cat([part[1] for part in parts] + [lse], 2)
 
 
@@ -325,17 +196,12 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     if group == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if not causal:  # the rows of a group are just more rows
-        folded = F.scaled_dot_product_attention(_fold(q, k.shape[1]), k, v, scale=scale)
-        return _unfold(folded, heads)
+        folded = F.scaled_dot_product_attention(fold(q, k.shape[1]), k, v, scale=scale)
+        return unfold(folded, heads)
     grouped = q.reshape(batch * k.shape[1], group, rows, q.shape[3])
     k, v = (x.reshape(-1, 1, *x.shape[2:]).expand(-1, group, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(grouped, k, v, is_causal=True, scale=scale)
     return out.reshape(batch, heads, rows, v.shape[3])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _as_int32(name: str, value: Tensor | None) -> Tensor | None:
