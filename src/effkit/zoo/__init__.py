@@ -54,7 +54,8 @@ def load_model(dtype: torch.dtype = torch.float32, attn_implementation: str | No
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The byte tokenizer: ids 0 to 255 are the bytes of the UTF-8 text, END (256) ends documents and pads on the left.
 
-    The same as AutoTokenizer.from_pretrained(zoo.MODEL). The text "<|end|>" stands for END, as special tokens do in transformers.
+    The same as AutoTokenizer.from_pretrained(zoo.MODEL). As always in transformers, the text of a
+    special token stands for it: "<|end|>" encodes to END.
     """
     from transformers import PreTrainedTokenizerFast
 

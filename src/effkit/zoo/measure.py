@@ -70,9 +70,7 @@ def heal(
     parameters = [p for p in model.parameters() if p.requires_grad]
     wrong = {p.dtype for p in parameters} - {torch.float32}
     if wrong:
-        raise TypeError(
-            f"model has trainable weights in {wrong.pop()}, expected torch.float32: small steps would be lost"
-        )
+        raise TypeError(f"model has trainable weights in {wrong.pop()}, expected float32: small steps would be lost")
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, len(batches) // 10)
     was_training = model.training
