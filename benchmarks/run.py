@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-EFFKIT = (sys.executable, "-m", "effkit.cli")
+EFFKIT = (sys.executable, "-m", "effkit.cli")  # run in this folder: from the root, kernels/ would hide a package
 # Seconds for each step of a GPU session: 7 minutes and a half together.
 LIMITS = {"verify": 150, "tune": 110, "rivals": 110, "compiled": 60}
 
@@ -57,7 +57,7 @@ class Session:
 
 def run_until(command: tuple[str, ...], deadline: float, output: Any) -> int | None:
     """The exit code of a command; None where it and its children had to be ended at the deadline."""
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ def ordinary_run(quick: bool) -> int:
     """Verify, bench, report; stops at the first that fails."""
     bench = (*EFFKIT, "bench", "--save", *(["--quick"] if quick else []))
     for command in ((*EFFKIT, "verify"), bench, (sys.executable, str(HERE / "report.py"))):
-        code = subprocess.run(command).returncode
+        code = subprocess.run(command, cwd=HERE).returncode
         if code:
             return code
     return 0
@@ -145,7 +145,8 @@ def shares(count: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Arguments of `effkit verify` for each process: small cases dealt to about `count`, large cases one each."""
     from effkit.ops import load_ops
 
-    small, large = [], []
+    small: list[tuple[str, ...]] = []
+    large: list[tuple[str, ...]] = []
     ops = load_ops().values()
     total = sum(not case.large for op in ops for case in op.cases)
     for op in ops:
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--gpu-session", metavar="OUT", type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     arguments = parser.parse_args()
-    return gpu_session(arguments.gpu_session) if arguments.gpu_session else ordinary_run(arguments.quick)
+    return gpu_session(arguments.gpu_session.resolve()) if arguments.gpu_session else ordinary_run(arguments.quick)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Table:
     path: str
     op: str
     backward: bool
-    tiles: dict[tuple[int, int], list[tuple[int, ...]]]
+    tiles: Mapping[tuple[int, int], Sequence[tuple[int, ...]]]
     judged: Callable[[int], Case]
     timed: Callable[[int, int], Case]
 
@@ -239,7 +239,7 @@ def grouped(some: Iterable[Trial]) -> list[list[Trial]]:
 
 def fastest(measured: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """For each table the quickest measurement of each entry."""
-    best = {}
+    best: dict[tuple[str, Key], dict[str, Any]] = {}
     for entry in sorted(measured, key=lambda entry: entry["ms"], reverse=True):
         best[entry["table"], entry["key"]] = entry
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -259,8 +259,7 @@ def tune(out: Path, seconds: float, device: torch.device, arch: int) -> None:
             break
         for trial, ms in zip(group, time_group(group, device), strict=True):
             now = tuple(present[trial.table.path].get(trial.key, ())) == trial.tile
-            entry = {"table": trial.table.path, "key": trial.key, "tile": trial.tile, "ms": ms, "present": now}
-            measured.append(entry)
+            measured.append(dict(table=trial.table.path, key=trial.key, tile=trial.tile, ms=ms, present=now))
         best = fastest(measured)
         result = {**bench.environment(device), "proposal": best, "measured": measured, "judged": verdicts}
         out.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -269,8 +268,8 @@ def tune(out: Path, seconds: float, device: torch.device, arch: int) -> None:
         print(path)
         for entry in entries:
             same = [other for other in measured if (other["table"], other["key"]) == (path, entry["key"])]
-            now = "".join(f", present {other['ms']:.3f} ms" for other in same if other["present"])
-            print(f"    {tuple(entry['key'])}: Tile{tuple(entry['tile'])},  # {entry['ms']:.3f} ms{now}")
+            before = "".join(f", present {other['ms']:.3f} ms" for other in same if other["present"])
+            print(f"    {entry['key']}: Tile{entry['tile']},  # {entry['ms']:.3f} ms{before}")
 
 
 def main() -> int:

@@ -27,18 +27,13 @@ def run():
 
 @pytest.fixture
 def wrong_op(monkeypatch):
-    """An op whose torch backend scales its result."""
-    op = dataclasses.replace(
-        load_ops()[OP], name="wrong", torch=lambda **kw: 1.01 * load_ops()[OP].reference(**kw), triton=None
-    )
+    """An op whose torch backend is off by one per cent."""
+    op = load_ops()["dynamic_tanh"]
 
-    def front(**arguments):
-        backend = arguments.pop("backend")
-        defaults = dict(window=None, softcap=None, sinks=None, key_lengths=None, cu_seqlens=None, return_lse=False)
-        defaults |= dict(key_starts=None, query_offset=None, causal=False, scale=1.0)
-        return op.implementation(backend)(**{**defaults, **arguments})
+    def front(*, backend, **arguments):
+        return op.function(**arguments, backend="reference") * (1.01 if backend == "torch" else 1.0)
 
-    monkeypatch.setitem(OPS, "wrong", dataclasses.replace(op, function=front))
+    monkeypatch.setitem(OPS, "wrong", dataclasses.replace(op, name="wrong", function=front, triton=None))
     return "wrong"
 
 
@@ -98,7 +93,8 @@ def test_verify_writes_json_for_programs(run, tmp_path):
 
 
 def test_verify_fails_loudly(run, wrong_op):
-    result = run("verify", wrong_op, "--case", "primes", "--case", "one", "--fail-fast")
+    assert "3 judged, 3 wrong" in run("verify", wrong_op, "--case", "primes").stdout
+    result = run("verify", wrong_op, "--case", "primes", "--fail-fast")
     assert result.exit_code == 1
     assert "1 judged, 1 wrong" in result.stdout
     assert "worst at" in result.stdout
@@ -125,10 +121,27 @@ def test_an_implementation_that_raises_is_a_failure(run, wrong_op, monkeypatch):
         (("verify", OP, "--device", "tpu"), "--device is 'tpu', choices: 'cpu', 'cuda'"),
         (("verify", OP, "--device", "cuda:99"), "--device is 'cuda:99', but torch sees"),
         (("verify", OP, "--backend", "cuda"), "backend 'cuda' cannot be judged on"),
+        (("bench", OP, "--case", "dense"), "--case is 'dense', choices: 'dense causal'"),
+        (("bench", OP, "--rival", "flash"), "--rival is 'flash', choices: 'sdpa'"),
     ],
 )
 def test_usage_errors_are_one_line_with_the_choices(run, arguments, message):
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"effkit: {message}") and result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_bench_times_what_it_verified(run, tmp_path):
+    arguments = ("bench", OP, "--quick", "--case", "grouped decode", "--rival", "sdpa", "--json")
+    data = json.loads(run(*arguments, "-").stdout)
+    assert {row["provider"] for row in data["rows"]} == {"effkit torch", "sdpa"}
+    assert {row["case"] for row in data["rows"]} == {"grouped decode"}
+    assert all("effkit triton" in line for line in data["skipped"])
+
+
+def test_bench_refuses_to_time_what_is_wrong(run, wrong_op):
+    result = run("bench", wrong_op, "--quick", "--json", "-")
+    assert result.exit_code == 1
+    assert "not timed, because it is wrong" in result.stderr
     assert not result.stdout

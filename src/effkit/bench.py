@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -173,7 +173,7 @@ def shortened(op: Op, case: Case, limit: int) -> Case:
     return dataclasses.replace(case, sizes={axis: cut(axis, size) for axis, size in case.sizes.items()}, large=False)
 
 
-def interleave(calls: list[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
+def interleave(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
     """Milliseconds of each call: in every round all take a turn, and each round begins with another one.
 
     So a machine that slows down slows everybody down. At least five rounds, until the seconds (for each) are spent.
