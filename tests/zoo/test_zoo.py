@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import lzma
 import math
 from types import SimpleNamespace
@@ -170,6 +171,12 @@ def test_packaged_model_is_worth_using(trained):
     text = b"".join(zoo.stdlib_text("heldout"))
     assert nats < 0.85
     assert nats / math.log(2) < 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def test_log_beside_the_weights_is_of_a_run_that_kept_its_promise(trained):
+    first, *_, last = map(json.loads, (zoo.MODEL / "train.jsonl").read_text().splitlines())
+    assert first["parameters"] == sum(p.numel() for p in trained.parameters())
+    assert last["final_heldout_nats"] < 0.85
 
 
 def test_exact_attention_leaves_the_trained_model_as_it_is(trained):
