@@ -220,7 +220,7 @@ def use_attention(model: nn.Module, config: SoftmaxAttentionConfig, data: Iterab
 
 
 def _switch(model: PreTrainedModel, config: SoftmaxAttentionConfig, data: Iterable[Any] | None) -> set[nn.Module]:
-    """Switches every module, and returns those that then called effkit attention; ValueError where that is not right."""
+    """Switches every module and returns those that then called effkit attention; ValueError where padding is lost."""
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise ValueError("it does not use transformers' attention interface")

@@ -120,7 +120,7 @@ def _pattern(
         return _Pattern(causal=True)
     if mask_function is hf.bidirectional_mask_function:
         return _Pattern(causal=False)
-    unknown = f"its rule is {getattr(mask_function, '__qualname__', mask_function)}"
+    unknown = "its rule is none of causal, causal window, bidirectional, packed sequences"
     if torch.compiler.is_compiling():
         # Closures cannot be opened while tracing. But allow_is_causal_skip promises a causal mask, of width local_size
         # where that is given, and local_size is a chunk only where the config has attention_chunk_size.
