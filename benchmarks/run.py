@@ -4,7 +4,7 @@
         verify everything, time everything, keep the rows, renew the tables
     python benchmarks/run.py --gpu-session OUT
         on a GPU, in under 8 minutes: verify all cases, measure tiles, time all ops against their rivals; results and a
-        log in the folder OUT
+        log in the folder OUT; where the files came without their history, EFFKIT_COMMIT names the commit for the rows
 
 Each step is a process of its own with a time limit: one that hangs or takes the GPU down with it loses its own results,
 not those of the others.
@@ -21,15 +21,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from effkit import bench as timing
+from effkit.ops import load_ops
+
 HERE = Path(__file__).resolve().parent
 EFFKIT = (sys.executable, "-m", "effkit.cli")  # run in this folder: from the root, kernels/ would hide a package
-# Seconds for each step of a GPU session: 7 minutes and a half together.
-LIMITS = {"verify": 150, "tune": 110, "rivals": 110, "compiled": 60}
+# Seconds for each step of a GPU session, under 8 minutes together; what one leaves over, the next may use.
+LIMITS = {"verify": 150, "tune": 100, "bench": 90, "compiled": 120}
+COMPILED = ("flex", "compiled")  # rivals that compile for long: they come last, so as not to cost the others their time
 
 
 @dataclass
@@ -93,13 +100,15 @@ def gpu_session(out: Path) -> int:
         str(out / "tiles.json"),
     )
     session.step("tune", tune, end)
-    # FlexAttention compiles for long: it comes last, so that it cannot cost the others their time.
-    fast = [name for name in rival_names() if name != "flex"]
-    end += LIMITS["rivals"]
+    end += LIMITS["bench"]
     bench = (*EFFKIT, "bench", "--device", "cuda", "--save")
-    session.step("bench", (*bench, *(word for name in fast for word in ("--rival", name))), end)
+    ops = load_ops().values()
+    quick = dict.fromkeys(name for op in ops for name in op.rivals if name not in COMPILED)
+    session.step("bench", (*bench, *against(quick)), end)
     end += LIMITS["compiled"]
-    session.step("bench against flex", (*bench, "softmax_attention", "--rival", "flex"), end)
+    for op in reversed(ops):
+        if slow := [name for name in op.rivals if name in COMPILED]:
+            session.step(f"bench {op.name} against {' and '.join(slow)}", (*bench, op.name, *against(slow)), end)
     collect_rows(session)
     (out / "summary.txt").write_text("\n".join(session.summary) + "\n", encoding="utf-8")
     return 0 if correct else 1
@@ -143,8 +152,6 @@ def verify_in_parallel(session: Session, deadline: float) -> bool:
 
 def shares(count: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Arguments of `effkit verify` for each process: small cases dealt to about `count`, large cases one each."""
-    from effkit.ops import load_ops
-
     small: list[tuple[str, ...]] = []
     large: list[tuple[str, ...]] = []
     ops = load_ops().values()
@@ -158,30 +165,24 @@ def shares(count: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     return small, large
 
 
-def rival_names() -> list[str]:
-    """Every rival of the ledger."""
-    from effkit.ops import load_ops
-
-    return list(dict.fromkeys(name for op in load_ops().values() for name in op.rivals))
+def against(names: Iterable[str]) -> tuple[str, ...]:
+    """Arguments of `effkit bench` that choose these rivals."""
+    return tuple(word for name in names for word in ("--rival", name))
 
 
 def collect_rows(session: Session) -> None:
     """Copies this GPU's rows beside the other results and says the short of them."""
-    import torch
-
-    from effkit import bench
-
-    path = bench.results_path(bench.environment(torch.device("cuda")))
+    path = timing.results_path(timing.environment(torch.device("cuda")))
     if not path.exists():
         session.say("no rows")
         return
     shutil.copy(path, session.out / path.name)
-    rows = bench.compared(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    rows = timing.compared(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     for row in rows:
         times = "" if row["to_effkit"] is None else f"{row['to_effkit']:.2f}x effkit"
         session.say(
             f"{row['op']:18} {row['case']:20} {row['mode']:17} {row['provider']:19}"
-            f"{bench.short(row['median_ms']):>7} ms {row['share_of_ceiling']:4.0%} {times}".rstrip()
+            f"{timing.short(row['median_ms']):>7} ms {row['share_of_ceiling']:4.0%} {times}".rstrip()
         )
 
 

@@ -121,6 +121,10 @@ def test_an_implementation_that_raises_is_a_failure(run, wrong_op, monkeypatch):
         (("verify", OP, "--device", "tpu"), "--device is 'tpu', choices: 'cpu', 'cuda'"),
         (("verify", OP, "--device", "cuda:99"), "--device is 'cuda:99', but torch sees"),
         (("verify", OP, "--backend", "cuda"), "backend 'cuda' cannot be judged on"),
+        (
+            ("verify", OP, "--json", "/no/such/folder/v.json"),
+            "cannot write '/no/such/folder/v.json': there is no folder",
+        ),
         (("bench", OP, "--case", "dense"), "--case is 'dense', choices: 'dense causal'"),
         (("bench", OP, "--rival", "flash"), "--rival is 'flash', choices: 'sdpa'"),
     ],

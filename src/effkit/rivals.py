@@ -46,7 +46,7 @@ def _more_than_plain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | N
 def _too_many_scores(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     """Reason against a score matrix (float32, several copies of it) that would fill the machine."""
     size = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * 4
-    limit = 16 if q.is_cuda else 1
+    limit = 8 if q.is_cuda else 1
     if size > limit << 30:
         return f"its scores take {size / 2**30:.1f} GiB, several times over"
     return _more_than_plain(q, k, v, **options)

@@ -10,7 +10,7 @@ import torch
 
 from effkit import bench as timing
 from effkit.cli.arguments import check_cases, find_device, find_dtype, find_ops
-from effkit.cli.output import console, fail, progress, table, write_json
+from effkit.cli.output import check_folder, console, fail, progress, table, write_json
 from effkit.ops import Case, Op
 
 Row = dict[str, Any]
@@ -28,6 +28,7 @@ def bench(
     save: bool,
 ) -> None:
     """Times, prints, keeps; exit code 1 when something to be timed is wrong."""
+    check_folder(json, plot)
     where = find_device(device)
     kind = find_dtype(dtype or ("bf16" if where.type == "cuda" else "fp32"))
     work = _work(find_ops(ops), cases, rivals, where)
@@ -48,7 +49,7 @@ def bench(
                     dtype=kind,
                     rivals=rivals or None,
                     seconds=0.1 if quick else None,
-                    tell=lambda what: bar.update(task, description=what),
+                    tell=lambda what: bar.update(task, description=what, refresh=True),
                 )
             except timing.NotVerified as error:
                 bar.stop()
@@ -58,7 +59,7 @@ def bench(
                 skipped.setdefault(f"{op.name} without {name}: {why}", []).append(case.name)
             if save:
                 timing.append(report.rows)
-            bar.advance(task)
+            bar.update(task, advance=1, refresh=True)
     write_json(json, {**timing.environment(where), "rows": rows, "skipped": skipped})
     rows = timing.compared(rows)
     if plot is not None:

@@ -22,16 +22,14 @@ def print_list(json: str | None) -> None:
     found = verified.recall(device)
     techniques = [_technique(op, found.get(op.name, {})) for op in find_ops([])]
     write_json(json, {"device": str(device), "techniques": techniques})
-    verdict = f"verified, {device.type}"
-    made = table(None, "technique", "what", "paper", "backend", verdict, whole=("technique", "paper"))
+    made = table(None, "technique", "what", "paper", f"verified, {device.type}", whole=("technique", "paper"))
     for technique in techniques:
-        backends = technique["verified"]
+        backends = technique["verified"].items()
         made.add_row(
             technique["op"],
             technique["summary"],
-            technique["paper"].removeprefix("https://"),
-            "\n".join(backends),
-            "\n".join(_verdict(finding) for finding in backends.values()),
+            technique["paper"].replace("https://arxiv.org/abs/", "arXiv "),
+            "\n".join(f"{backend}: {_verdict(finding)}" for backend, finding in backends),
         )
     out = console(json)
     out.print(made)

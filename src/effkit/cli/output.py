@@ -41,9 +41,20 @@ def table(title: str | None, *columns: str, right: tuple[str, ...] = (), whole: 
 
 
 def progress() -> Progress:
-    """A bar on standard error, gone when done; off where standard error is no terminal."""
+    """A bar on standard error, gone when done; off where standard error is no terminal.
+
+    It is drawn when told (refresh=True) and not by a thread of its own, which would disturb what is timed.
+    """
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    off = not sys.stderr.isatty()
+    return Progress(*columns, console=console(stderr=True), transient=True, auto_refresh=False, disable=off)
+
+
+def check_folder(*paths: str | None) -> None:
+    """Ends the program, before it has worked for minutes, when a file that it is to write has no folder."""
+    for path in paths:
+        if path is not None and path != "-" and not Path(path).absolute().parent.is_dir():
+            fail(f"cannot write {path!r}: there is no folder {str(Path(path).parent)!r}")
 
 
 def write_json(path: str | None, data: Any) -> None:

@@ -12,7 +12,7 @@ import typer
 from effkit import bench
 from effkit.cli import verified
 from effkit.cli.arguments import DTYPES, check_cases, find_device, find_dtype, find_ops
-from effkit.cli.output import console, fail, progress, table, write_json
+from effkit.cli.output import check_folder, console, fail, progress, table, write_json
 from effkit.ops import INTERPRET, BackendUnavailable, Case, Op
 from effkit.testing import Result, Row, compare, plan
 
@@ -29,6 +29,7 @@ def verify(
     json: str | None,
 ) -> None:
     """Judges, prints, remembers; exit code 1 when anything is wrong."""
+    check_folder(json)
     where = find_device(device)
     steps = _steps(find_ops(ops), where, backends, [find_dtype(name) for name in dtypes or DTYPES], cases)
     results = _judged(steps, where, fail_fast)
@@ -73,9 +74,9 @@ def _judged(steps: list[Step], device: torch.device, fail_fast: bool) -> list[Re
     with progress() as bar:
         task = bar.add_task("", total=len(steps))
         for op, case, dtype, backend in steps:
-            bar.update(task, description=f"{op.name} {backend} {case.name}")
+            bar.update(task, description=f"{op.name} {backend} {case.name}", refresh=True)
             results.append(_judge(op, case, dtype, backend, device))
-            bar.advance(task)
+            bar.update(task, advance=1, refresh=True)
             if fail_fast and not results[-1].ok:
                 break
     return results
