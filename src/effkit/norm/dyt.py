@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effkit.change import ChangeConfig, Edit, no_match, set_module
 from effkit.ops import Case, Op, register
@@ -44,7 +45,7 @@ def dynamic_tanh_reference(
 
 
 def dynamic_tanh_torch(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """The equation in place on one temporary, saving x only; under torch.compile as written, which then fuses it."""
+    """The equation a few rows at a time, saving x only; under torch.compile as written, which then fuses it."""
     if torch.compiler.is_compiling():
         return dynamic_tanh_reference(x, alpha, weight, bias)
     return _DynamicTanh.apply(x, alpha, weight, bias)
@@ -170,8 +171,8 @@ class DyTConfig(ChangeConfig):
 
     The last part of a norm's name tells where it stands. In front of attention: it speaks of attention and does not
     start with "post" (self_attn_layer_norm, attention_norm), or is one of input_layernorm, ln_1, norm1, layer_norm1,
-    layernorm_before and their spellings. Inside: it starts with q_, k_, v_, kv_, qk_, query_, key_ or value_. In models
-    that normalise after the residual sum (BERT) all count as others.
+    layernorm_before and their spellings. Inside: it starts with q_, k_, v_, kv_, qk_, query_, key_ or value_. Names are
+    all it knows: for models that normalise after the residual sum (BERT, BART) one alpha0 is the better choice.
     """
 
     alpha0: float | tuple[float, float] = 0.5
@@ -227,11 +228,15 @@ def replace_norms(model: nn.Module, config: DyTConfig, data: object = None) -> E
 class _DynamicTanh(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = (alpha * x).tanh_()
-        if weight is not None:
-            y.mul_(weight)
-        if bias is not None:
-            y.add_(bias)
+        y = x.new_empty(x.shape)
+        twice_alpha = 2 * alpha.to(_wide(x))
+        for rows, out in zip(_chunks(x), _chunks(y), strict=True):
+            t = _tanh_of_half(rows.to(_wide(x)) * twice_alpha, half=x.dtype.itemsize == 2)
+            if weight is not None:
+                t.mul_(weight)
+            if bias is not None:
+                t.add_(bias)
+            out.copy_(t)
         return y
 
     @staticmethod
@@ -285,7 +290,7 @@ def batched(
 
 def _sums_by_formula(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx and the three sums over rows in differentiable operations."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _wide(x)
     wide_x, wide_alpha, wide_dy = x.to(wide), alpha.to(wide), dy.to(wide)
     t = torch.tanh(wide_alpha * wide_x)
     through = (wide_dy if weight is None else wide_dy * weight.to(wide)) * (1 - t * t)
@@ -294,20 +299,41 @@ def _sums_by_formula(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None
 
 
 def _sums_by_chunk(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same in place, a few rows at a time, so that the temporaries stay in the processor's cache."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.zeros(3, x.shape[-1], dtype=wide, device=x.device)
-    for rows, d_rows, t in zip(*map(_chunks, (x, dy, dx)), strict=True):
-        torch.mul(rows, alpha, out=t).tanh_()
-        g = d_rows * t
-        sums[1] += g.sum(0, dtype=wide)
-        sums[2] += d_rows.sum(0, dtype=wide)
-        g = d_rows if weight is None else torch.mul(d_rows, weight, out=g)
+    """The same, a few rows at a time, so that the temporaries stay in the processor's cache."""
+    dx, sums = x.new_empty(x.shape), x.new_zeros(3, x.shape[-1], dtype=_wide(x))
+    alpha = alpha.to(sums.dtype)
+    for rows, d_rows, out in zip(_chunks(x), _chunks(dy), _chunks(dx), strict=True):
+        rows = rows.to(sums.dtype)
+        t = _tanh_of_half(rows * (2 * alpha), half=x.dtype.itemsize == 2)
+        g = d_rows.to(sums.dtype, copy=True)
+        sums[2] += g.sum(0)
+        sums[1] += (g * t).sum(0)
+        if weight is not None:
+            g.mul_(weight)
         torch.ops.aten.tanh_backward.grad_input(g, t, grad_input=t)  # g * (1 - t^2)
-        sums[0] += (t * rows).sum(0, dtype=wide)
-        t.mul_(alpha)
+        sums[0] += torch.mul(t, rows, out=g).sum(0)
+        torch.mul(t, alpha, out=out)
     return dx, sums
+
+
+def _tanh_of_half(z: Tensor, half: bool) -> Tensor:
+    """tanh(z / 2) of a temporary in float32 or float64, which it uses up.
+
+    On a CPU torch.tanh costs more than all the rest of DyT. expm1 is cheaper and as exact; sigmoid is cheaper still, but
+    cancels near 0. There tanh z = z to half precision, so that values below 1/64 go past it.
+    """
+    if z.device.type != "cpu":
+        return z.div_(2).tanh_()
+    if half:
+        large = F.hardshrink(z.clamp_(-40, 40), 1 / 32)
+        small = z.sub_(large)
+        return torch.sigmoid_(large).sub_(0.5).add_(small, alpha=0.25).mul_(2)
+    e = z.clamp_(max=80).expm1_()  # finite up to 88
+    return e.div_(e + 2)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
