@@ -19,6 +19,16 @@ from torch import Tensor
 from transformers import masking_utils as hf
 
 Predicate = Callable[..., Any]
+_MAKERS = tuple(
+    getattr(hf, name)
+    for name in (
+        "and_masks",
+        "sliding_window_overlay",
+        "packed_sequence_mask_function",
+        "remap_positions_for_packed_sequence",
+    )
+    if hasattr(hf, name)  # the last one came after 5.17
+)
 
 
 @dataclass(frozen=True)
@@ -127,26 +137,39 @@ def _pattern(
         if allow_is_causal_skip and local_size and getattr(config, "attention_chunk_size", None) is None:
             return _Pattern(causal=True, window=local_size)
         return unknown
-    first, *rest = _captured(mask_function, hf.and_masks).get("mask_functions", (None,))
-    if rest == [hf.causal_mask_function] and "sliding_window" in _captured(first, hf.sliding_window_overlay):
-        return _Pattern(causal=True, window=_captured(first, hf.sliding_window_overlay)["sliding_window"])
-    sequence = _captured(first, hf.packed_sequence_mask_function).get("packed_sequence_mask")
-    if sequence is not None and len(rest) == 1:
-        # Within a sequence positions count up by one, so a causal rule on positions is the same rule on indices.
-        rule = _captured(rest[0], hf.remap_positions_for_packed_sequence).get("mask_function")
-        if batch_size > 1:
-            return "position_ids restart (packed sequences) in a batch of more than one row"
-        pattern = unknown if rule is None else _pattern(rule, batch_size)
-        return dataclasses.replace(pattern, sequence=sequence[0]) if isinstance(pattern, _Pattern) else pattern
-    return unknown
+    causal, window, sequence, remapped = False, None, None, False
+    rules = [mask_function]
+    for rule in rules:  # all of them must hold; the list grows
+        inside = _captured(rule)
+        if rule is hf.causal_mask_function:
+            causal = True
+        elif "mask_functions" in inside:
+            rules += inside["mask_functions"]
+        elif "sliding_window" in inside:
+            window = inside["sliding_window"]
+        elif "packed_sequence_mask" in inside:
+            sequence = inside["packed_sequence_mask"]
+        elif "position_ids" in inside:
+            # Within a packed sequence positions count up by one: a causal rule on them is that rule on indices.
+            rules.append(inside["mask_function"])
+            remapped = True
+        elif rule is not hf.bidirectional_mask_function:
+            return unknown
+    if (window is not None and not causal) or (remapped and sequence is None):
+        return unknown
+    if sequence is None:
+        return _Pattern(causal, window)
+    if batch_size > 1:
+        return "position_ids restart (packed sequences) in a batch of more than one row"
+    return _Pattern(causal, window, sequence[0])
 
 
-def _captured(function: Any, maker: Callable[..., Any]) -> dict[str, Any]:
-    """The variables that function closes over, by name, where maker(...) returned it; otherwise none."""
-    if getattr(function, "__code__", None) not in maker.__code__.co_consts:
+def _captured(function: Any) -> dict[str, Any]:
+    """The variables that a function closes over, by name, where one of _MAKERS made it; otherwise none."""
+    code = getattr(function, "__code__", None)
+    if not any(code in maker.__code__.co_consts for maker in _MAKERS):
         return {}
-    cells = function.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)}
 
 
 def _extent(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None] | str:
