@@ -228,10 +228,10 @@ def replace_norms(model: nn.Module, config: DyTConfig, data: object = None) -> E
 class _DynamicTanh(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(x.shape)
-        twice_alpha = 2 * alpha.to(_wide(x))
+        y, wide = x.new_empty(x.shape), _wide(x)
+        alpha = alpha.to(wide)
         for rows, out in zip(_chunks(x), _chunks(y), strict=True):
-            t = _tanh_of_half(rows.to(_wide(x)) * twice_alpha, half=x.dtype.itemsize == 2)
+            t = _tanh_of_half(rows.to(wide) * (2 * alpha), half=x.dtype.itemsize == 2)
             if weight is not None:
                 t.mul_(weight)
             if bias is not None:
@@ -301,7 +301,7 @@ def _sums_by_formula(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None
 def _sums_by_chunk(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same, a few rows at a time, so that the temporaries stay in the processor's cache."""
     dx, sums = x.new_empty(x.shape), x.new_zeros(3, x.shape[-1], dtype=_wide(x))
-    alpha = alpha.to(sums.dtype)
+    alpha, weight = alpha.to(sums.dtype), None if weight is None else weight.to(sums.dtype)
     for rows, d_rows, out in zip(_chunks(x), _chunks(dy), _chunks(dx), strict=True):
         rows = rows.to(sums.dtype)
         t = _tanh_of_half(rows * (2 * alpha), half=x.dtype.itemsize == 2)
@@ -319,8 +319,8 @@ def _sums_by_chunk(dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor | None) 
 def _tanh_of_half(z: Tensor, half: bool) -> Tensor:
     """tanh(z / 2) of a temporary in float32 or float64, which it uses up.
 
-    On a CPU torch.tanh costs more than all the rest of DyT. expm1 is cheaper and as exact; sigmoid is cheaper still, but
-    cancels near 0. There tanh z = z to half precision, so that values below 1/64 go past it.
+    On a CPU torch.tanh costs more than all the rest of DyT. expm1 is cheaper and as exact; sigmoid is cheaper still,
+    but cancels near 0. There tanh z = z to half precision, so that values below 1/64 go past it.
     """
     if z.device.type != "cpu":
         return z.div_(2).tanh_()
