@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,8 +94,7 @@ def run(json: str | None = None, quick: bool = False, device: str | None = None)
     quick measures a few windows and heals for two steps: enough to see that everything works, not to compare.
     device: default CUDA where there is one, else the CPU.
     """
-    if json not in (None, "-") and not Path(str(json)).parent.is_dir():
-        output.fail(f"--json is {json!r}, but {str(Path(str(json)).parent)!r} is no folder")
+    output.check_folder(json)
     start = time.perf_counter()
     effort, where = QUICK if quick else FULL, find_device(device)
     console = output.console(json)
@@ -114,7 +112,7 @@ class _Bench:
 
     def __init__(self, effort: Effort, device: torch.device, progress: Progress) -> None:
         self.effort, self.device, self.progress = effort, device, progress
-        self.task = progress.add_task("loading", total=sum(_work(row, effort) for row in ROWS))
+        self.task = progress.add_task("loading model and text", total=sum(_work(row, effort) for row in ROWS))
         self.model = zoo.load_model(attn_implementation="sdpa").to(device)  # type: ignore[arg-type]
         self.tokenizer: Any = zoo.load_tokenizer()
         self.heldout = zoo.heldout_batches(effort.windows)
@@ -165,7 +163,7 @@ class _Bench:
             self._advance(len(batch))
 
     def _advance(self, work: int, description: str | None = None) -> None:
-        self.progress.update(self.task, advance=work, description=description)
+        self.progress.update(self.task, advance=work, description=description, refresh=True)
 
 
 _SAMPLE_WORK = 12  # windows that could be read in the time of one sample, about
