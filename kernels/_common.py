@@ -1,4 +1,4 @@
-"""What several kernels share: products and rounding that the interpreter gets right, tile tables, ahead-of-time builds."""
+"""What several kernels share: products and rounding that hold in the interpreter, tile tables, ahead-of-time builds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, acc=None):
-    """acc + a @ b, summed in float32. float32 operands keep all their bits ("ieee"): slower than tensor cores, and right."""
+    """acc + a @ b, summed in float32. float32 operands keep their bits ("ieee"), which costs the tensor cores."""
     if INTERPRET:
-        # The interpreter multiplies bfloat16 as bit patterns, and sums in an order that depends on the shape. The hardware's
-        # does not, and a score computed twice, as q k and as k q, comes out the same; so it does when summed in float64.
+        # The interpreter multiplies bfloat16 as bit patterns, and sums in an order that depends on the shape. The order
+        # of a compiled kernel does not: a score is the same as q k and as k q. Sums in float64 keep that so here.
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
         if acc is not None:
             product += acc
@@ -50,7 +50,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh of float32 to a few units in the last place: the exponential form cancels near 0, a series takes over there."""
+    """tanh of float32 to a few units in the last place. Near 0, where the exponentials cancel, a series takes over."""
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     far = (1 - e) / (1 + e)
     y = x * x
@@ -106,7 +106,7 @@ class AotSpec:
 
 
 class Build(NamedTuple):
-    """What the assembler reports: registers a thread, bytes of stack and local memory a thread (spills), shared bytes."""
+    """What the assembler reports: registers, bytes of stack and local memory (spills) a thread, and shared bytes."""
 
     registers: int
     stack: int
@@ -135,5 +135,6 @@ def compile_ahead(spec: AotSpec) -> Build:
         cubin.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    counts = dict(re.findall(r"(\w+):(\d+)", usage))
+    registers, stack, local = (int(counts[key]) for key in ("REG", "STACK", "LOCAL"))
     return Build(registers, stack, local, built.metadata.shared, built.asm["ptx"])

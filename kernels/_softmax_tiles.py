@@ -1,21 +1,30 @@
-"""The tile arithmetic of softmax attention: who sees whom, which key tiles matter, one online-softmax sweep.
+"""The tile arithmetic of softmax attention: who sees whom, which tiles matter, the online softmax, the launch.
 
-Rows are queries, `keys` are keys, both counted from the start of their tensor. A row's position is row + shift, and it sees the
-keys in [key_lo, key_hi) that are not after its position and fewer than `window` before it (where causal and windowed).
+Rows are queries; rows and keys are counted from the start of their tensor. A row's position is row + shift. It sees the
+keys of [key_lo, key_hi) that do not lie after its position (causal), nor `window` or more before it (windowed).
 """
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from effkit.kernels._common import LOG2E, cast, dot, tanh
+from effkit.kernels._common import INTERPRET, LOG2E, Tile, TileTable, architecture, cast, dot, tanh
+
+# Lengths change from call to call; a build for "multiple of 16" and another for "1" would buy nothing.
+LENGTHS = ["T", "S", "n_blocks", "n_sequences", "n_tiles", "n_splits", "heads", "group", "window"]
 
 
 @triton.jit
 def locate(sequence_ptr, cu_seqlens_ptr, n_blocks, heads, BLOCK: tl.constexpr):
     """Which batch row, head and block of rows (or keys) this program owns: (b, sequence, head, block).
 
-    Packed: sequence n takes the blocks from cu_seqlens[n] // BLOCK + n on, always enough for its tokens; the blocks it does
-    not need lie behind its end.
+    Packed: sequence n takes the blocks from cu_seqlens[n] // BLOCK + n on, always enough for its tokens; the blocks it
+    does not need lie behind its end.
     """
     pid = tl.program_id(0)
     block = pid % n_blocks
@@ -59,7 +68,7 @@ def segment(key_starts_ptr, key_lengths_ptr, query_offset_ptr, cu_seqlens_ptr, s
 
 @triton.jit
 def load_tile(ptr, stride, start, stop, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [start, start + ROWS) of a matrix of width WIDTH as [ROWS, COLUMNS]; zero from row `stop` and column WIDTH on."""
+    """Rows [start, start + ROWS) of a matrix as [ROWS, COLUMNS]; zero from row `stop` and column WIDTH on."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     ptrs = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
@@ -108,7 +117,7 @@ def in_band(position, keys, window, CAUSAL: tl.constexpr):
 
 @triton.jit
 def key_range(first, last, key_lo, key_hi, window, CAUSAL: tl.constexpr):
-    """For queries at positions first..last: the keys [lo, hi) that some of them see and [all_lo, all_hi) that all of them see."""
+    """For queries at positions first..last: the keys [lo, hi) that some see and [all_lo, all_hi) that all see."""
     lo, hi, all_lo, all_hi = key_lo, key_hi, key_lo, key_hi
     if CAUSAL:
         hi = tl.minimum(key_hi, last + 1)
@@ -121,7 +130,7 @@ def key_range(first, last, key_lo, key_hi, window, CAUSAL: tl.constexpr):
 
 @triton.jit
 def row_range(first, last, row_lo, row_hi, shift, window, CAUSAL: tl.constexpr):
-    """The converse for keys first..last: the rows [lo, hi) that see some of them and [all_lo, all_hi) that see them all."""
+    """For keys first..last: the rows [lo, hi) that see some of them and [all_lo, all_hi) that see them all."""
     lo, hi, all_lo, all_hi = row_lo, row_hi, row_lo, row_hi
     if CAUSAL:
         lo = tl.maximum(row_lo, first - shift)
@@ -134,7 +143,7 @@ def row_range(first, last, row_lo, row_hi, shift, window, CAUSAL: tl.constexpr):
 
 @triton.jit
 def three_parts(lo, hi, all_lo, all_hi, BLOCK: tl.constexpr):
-    """Cut [lo, hi) into tiles from lo on: those before `a` and from `b` on need a mask, those between lie in [all_lo, all_hi)."""
+    """Cut [lo, hi) into tiles: those before `a` and from `b` on need a mask, those between lie in [all_lo, all_hi)."""
     a = tl.minimum(hi, lo + tl.cdiv(tl.maximum(all_lo - lo, 0), BLOCK) * BLOCK)
     b = a + tl.maximum(tl.minimum(all_hi, hi) - a, 0) // BLOCK * BLOCK
     return a, b
@@ -146,7 +155,7 @@ def sweep(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles of [start, stop): peak is the top score so far, acc and total are relative to it."""
+    """Online softmax over the key tiles of [start, stop): acc and total are relative to peak, the top score so far."""
     for n in range(start, stop, BLOCK_N):
         k = load_tile(k_ptr, stride_ks, n, hi, BLOCK_N, D, BLOCK_D)
         v = load_tile(v_ptr, stride_vs, n, hi, BLOCK_N, DV, BLOCK_DV)
@@ -172,7 +181,7 @@ def attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of a query tile over keys [lo, hi): (output float32 [BLOCK_M, BLOCK_DV], lse in log2 [BLOCK_M]).
+    """Softmax attention of a query tile over keys [lo, hi): (output [BLOCK_M, BLOCK_DV], lse in log2 [BLOCK_M]).
 
     sink is a score that joins the denominator as if it had been seen first; None or -inf is no sink.
     """
@@ -198,3 +207,63 @@ def attend(
     )  # fmt: skip
     total = tl.where(peak == float("-inf"), 1.0, total)  # a row that saw nothing: 0 / 1
     return acc * (1 / total)[:, None], peak + tl.log2(total)
+
+
+def unit_vector(x: Tensor | None) -> Tensor | None:
+    """A small tensor that kernels read without strides."""
+    return None if x is None else x.contiguous()
+
+
+class Mask(NamedTuple):
+    """What decides who sees whom, and how a product becomes a score; the tail of both operators' schemas."""
+
+    key_starts: Tensor | None
+    key_lengths: Tensor | None
+    query_offset: Tensor | None
+    cu_seqlens: Tensor | None
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+
+    def arguments(self) -> dict[str, Any]:
+        """The kernel arguments of the same meaning."""
+        tensors = {f"{name}_ptr": unit_vector(x) for name, x in zip(self._fields[:4], self[:4], strict=True)}
+        # Wider than any tensor is as good as unlimited, and leaves position - window within int32.
+        window = None if self.window is None else min(self.window, 2**30)
+        return tensors | {"CAUSAL": self.causal, "window": window, "scale": self.scale, "softcap": self.softcap}
+
+
+def widths(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Head widths and the powers of two, at least a matrix instruction's 16, that hold them."""
+    D, DV = q.shape[-1], v.shape[-1]
+    return {
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+    }
+
+
+def blocks(length: int, block: int, batch: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """How blocks of a tensor's rows go over the grid. Packed: found on the device, so that nothing waits for it."""
+    if cu_seqlens is None:
+        return {"n_blocks": triton.cdiv(length, block), "n_sequences": batch, "sequence_ptr": None}
+    n = cu_seqlens.numel() - 1
+    first = cu_seqlens // block + torch.arange(n + 1, device=cu_seqlens.device)
+    slots = torch.arange(length // block + n + 1, device=cu_seqlens.device)
+    sequence = torch.searchsorted(first, slots, right=True, out_int32=True) - 1
+    return {"n_blocks": slots.numel(), "n_sequences": n, "sequence_ptr": sequence}
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with adjacent elements along the head width: a tile's load is slow without. Other strides stay as they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pick(table: TileTable, q: Tensor, v: Tensor, interpreted: Tile) -> Tile:
+    """The tile for this device, element size and head width, the next of 64, 128 and 256."""
+    if INTERPRET:
+        return interpreted
+    width = max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))
+    return table[architecture(q.device), width, q.element_size()]

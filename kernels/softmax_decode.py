@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkit.kernels._common import INTERPRET, LOG2E, Tile, TileTable, architecture, cast, multiprocessors
-from effkit.kernels._softmax_tiles import attend, key_range, segment
+from effkit.kernels._common import LOG2E, Tile, TileTable, cast, multiprocessors
+from effkit.kernels._softmax_tiles import LENGTHS, attend, key_range, pick, segment
 
 # Fewer queries than this come here: a tile of rows of one head would be mostly padding.
 SHORT = 16
 
 
-# One program owns up to BLOCK_M rows of one kv head and one split of their keys. A row is a pair (query, head of the group),
-# so that the whole group reads a key once, and one query per head still makes a tile of a matrix instruction. It writes the
-# output and lse of its split alone.
-@triton.jit(do_not_specialize=["T", "S", "heads", "group", "window", "n_tiles", "n_splits"])
+# One program owns up to BLOCK_M rows of one kv head and one split of their keys. A row is a pair (query, head of the
+# group), so that the whole group reads a key once, and one query per head still fills a tile of a matrix instruction.
+# It writes the output and lse of its split alone.
+@triton.jit(do_not_specialize=LENGTHS)
 def _softmax_attention_decode(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -61,9 +61,9 @@ def _softmax_attention_decode(
     tl.store(part_lse_ptr + at, lse, mask=live)
 
 
-# One program owns one query of one head: it reads what the splits found, weighs them by their lse, lets the sink join the
-# denominator, and writes the output and lse. Splits come in blocks, in order: any number of them, one result.
-@triton.jit(do_not_specialize=["T", "heads", "n_splits"])
+# One program owns one query of one head: it reads what the splits found, weighs them by their lse, lets the sink join
+# the denominator, and writes the output and lse. Splits come in blocks, in order: any number of them, one result.
+@triton.jit(do_not_specialize=LENGTHS)
 def _softmax_attention_combine(
     part_ptr, part_lse_ptr, sinks_ptr, o_ptr, lse_ptr, stride_ob, stride_oh, stride_ot, T, heads, n_splits,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
@@ -102,15 +102,23 @@ def _softmax_attention_combine(
 
 
 # BLOCK_M is the most rows a tile takes; it shrinks to the next power of two that holds the rows there are.
-_DECODE: TileTable = {}
-_SPLITS_AT_ONCE = 16
+DECODE: TileTable = {
+    (80, 64, 2): Tile(64, 64, 4, 3), (80, 128, 2): Tile(64, 64, 4, 2), (80, 256, 2): Tile(32, 32, 4, 2),
+    (80, 64, 4): Tile(16, 32, 4, 2), (80, 128, 4): Tile(16, 16, 4, 2), (80, 256, 4): Tile(16, 16, 4, 1),
+    (90, 64, 2): Tile(64, 64, 4, 3), (90, 128, 2): Tile(64, 64, 4, 2), (90, 256, 2): Tile(32, 32, 4, 2),
+    (90, 64, 4): Tile(16, 32, 4, 2), (90, 128, 4): Tile(16, 16, 4, 2), (90, 256, 4): Tile(16, 16, 4, 1),
+    (100, 64, 2): Tile(64, 64, 4, 3), (100, 128, 2): Tile(64, 64, 4, 2), (100, 256, 2): Tile(32, 32, 4, 2),
+    (100, 64, 4): Tile(16, 32, 4, 2), (100, 128, 4): Tile(16, 16, 4, 2), (100, 256, 4): Tile(16, 16, 4, 1),
+}  # fmt: skip
+_INTERPRETED = Tile(64, 16, 4, 1)  # several splits of several tiles at the lengths of tests
+SPLITS_AT_ONCE = 16
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, lse: Tensor, arguments: dict[str, Any]
 ) -> None:
     """Fill o and lse. As many splits as keep the device busy, while a split still has a few tiles of keys."""
-    tile = _tile(q, arguments)
+    tile = pick(DECODE, q, v, _INTERPRETED)
     B, H, T, S = *q.shape[:3], k.shape[2]
     heads_kv = k.shape[1]
     rows = T * arguments["group"]
@@ -126,12 +134,5 @@ def decode(
     )  # fmt: skip
     _softmax_attention_combine[B * H * T,](
         part, part_lse, sinks, o, lse, *o.stride()[:3], T, H, n_splits,
-        DV=arguments["DV"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_SPLITS=_SPLITS_AT_ONCE,
+        DV=arguments["DV"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_SPLITS=SPLITS_AT_ONCE,
     )  # fmt: skip
-
-
-def _tile(q: Tensor, arguments: dict[str, Any]) -> Tile:
-    if INTERPRET:
-        return Tile(64, 16, 4, 1)  # several splits of several tiles at the lengths of tests
-    width = max(64, arguments["BLOCK_D"], arguments["BLOCK_DV"])
-    return _DECODE[architecture(q.device), width, q.element_size()]
