@@ -71,8 +71,8 @@ def _softmax_attention_fwd(
 
 # Tiles per (architecture, head width, bytes of an element), the width the next of 64, 128, 256; never by length or
 # batch, so one build serves every call. Chosen as the largest that compile without spills, not timed on a device. Those
-# for 80 fit into the 99 KiB of its smaller relatives. float32 multiplies without matrix instructions, in small tiles; at
-# width 256 it spills a few registers whatever the tile.
+# for 80 fit into the 99 KiB of its smaller relatives. float32 multiplies without matrix instructions, in small tiles;
+# at width 256 it spills a few registers whatever the tile.
 _FWD: TileTable = {
     (80, 64, 2): Tile(128, 64, 4, 2), (80, 128, 2): Tile(128, 32, 4, 2), (80, 256, 2): Tile(64, 32, 8, 2),
     (80, 64, 4): Tile(32, 32, 4, 1), (80, 128, 4): Tile(32, 32, 8, 1), (80, 256, 4): Tile(16, 16, 8, 1),
@@ -294,9 +294,8 @@ def _spec(kernel: Any, arch: int, tile: Tile, dtype: str, width: int, variant: s
     known = absent | sizes | {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N} | extra
     constants = {name: known[name] for name in kernel.arg_names if name in known}
     signature = {name: _argument_type(name, dtype) for name in kernel.arg_names if name not in known}
-    name = "-".join(
-        [kernel.__name__.lstrip("_"), str(width), dtype, variant, *(k.lower() for k, v in extra.items() if v)]
-    )
+    passes = [key.removeprefix("WANT_").lower() for key, value in extra.items() if value is True]
+    name = "-".join([kernel.__name__.lstrip("_"), str(width), dtype, variant, *passes])
     # Rows of matrix instructions on Hopper come in 64; float32 keeps its bits and uses none.
     needs = ("wgmma",) if arch == 90 and dtype == "bf16" and kernel.__name__.endswith(("_fwd", "_dq", "_dkv")) else ()
     return AotSpec(name, kernel, signature, constants, tile.num_warps, tile.num_stages, arch, needs)
