@@ -337,9 +337,12 @@ def test_apply_and_undo() -> None:
     assert model.config._attn_implementation == "effkit"
     json.loads(model.config.to_json_string())
     inner = effkit.apply(model, SoftmaxAttentionConfig(window=2))
-    narrow = batch.logits(copy.deepcopy(model))
+    narrow = batch.logits(model)
+    twin, change_of_twin = copy.deepcopy((model, inner))
+    change_of_twin.undo()
+    assert torch.equal(batch.logits(model), narrow) and not torch.equal(batch.logits(twin), narrow)
     inner.undo()
-    assert not torch.equal(batch.logits(model), narrow)
+    assert torch.equal(batch.logits(model), batch.logits(twin))
     change.undo()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(batch.logits(model), before)

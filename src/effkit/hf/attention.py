@@ -12,6 +12,7 @@ attended to. What cannot be computed exactly raises: dropout, biases, attention 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -195,14 +196,7 @@ def use_attention(model: nn.Module, config: SoftmaxAttentionConfig, data: Iterab
     implementations = [(part, part._attn_implementation) for part in _configs(model)]
     options = {module: vars(module).get(_OPTIONS) for module in model.modules()}
 
-    def undo() -> None:
-        for part, implementation in implementations:
-            part._attn_implementation = implementation
-        for module, option in options.items():
-            vars(module).pop(_OPTIONS, None)
-            if option is not None:
-                setattr(module, _OPTIONS, option)
-
+    undo = functools.partial(_restore, implementations, options)  # a partial follows its model into deep copies
     try:
         called = _switch(model, config, data)
     except ValueError as error:
@@ -217,6 +211,16 @@ def use_attention(model: nn.Module, config: SoftmaxAttentionConfig, data: Iterab
     matched = [path for path, module in named.items() if module in called]
     others = _bystanders(named, matched)
     return Edit(matched, undo, notes=dict(unchanged=others) if others else {})
+
+
+def _restore(implementations: list[tuple[PreTrainedConfig, str]], options: dict[nn.Module, Any]) -> None:
+    """Puts back what use_attention found: the implementation in each config, the options on each module."""
+    for part, implementation in implementations:
+        part._attn_implementation = implementation
+    for module, option in options.items():
+        vars(module).pop(_OPTIONS, None)
+        if option is not None:
+            setattr(module, _OPTIONS, option)
 
 
 def _switch(model: PreTrainedModel, config: SoftmaxAttentionConfig, data: Iterable[Any] | None) -> set[nn.Module]:

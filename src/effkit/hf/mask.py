@@ -166,7 +166,7 @@ def _pattern(
 
 def _captured(function: Any) -> dict[str, Any]:
     """The variables that a function closes over, by name, where one of _MAKERS made it; otherwise none."""
-    code = getattr(function, "__code__", None)
+    code: Any = getattr(function, "__code__", None)
     if not any(code in maker.__code__.co_consts for maker in _MAKERS):
         return {}
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)}
