@@ -209,7 +209,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     model.__dict__["_effkit_original"] = manifest["model"]
     # Parameters take the dtype they were saved in before the strict load copies into them.
     stored = load_file(str(folder / "model.safetensors"))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    # Tied ones are stored under one of their names, whichever that is.
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
     load_model(model, str(folder / "model.safetensors"), strict=True)
