@@ -179,7 +179,7 @@ class TestTheFunction:
 
     def test_the_torch_path_computes_in_chunks(self) -> None:
         """More elements than one chunk holds."""
-        inputs = (draw(700, 401), *parameters(401))
+        inputs = (draw(401, 701), *parameters(701))
         assert_equivalent(with_backend("torch"), dynamic_tanh_reference, inputs)
 
 
@@ -291,11 +291,11 @@ class TestTheModule:
         """Fitted to the outputs of a norm, alpha shrinks for wide inputs and grows for narrow ones."""
         ends = []
         for std in (0.5, 4.0):
-            x = std * draw(256, 32)
-            target = nn.functional.layer_norm(x, (32,))
-            layer = DyT(32)
+            x = std * draw(64, 16)
+            target = nn.functional.layer_norm(x, (16,))
+            layer = DyT(16)
             optimiser = torch.optim.Adam(layer.parameters(), lr=0.05)
-            for _ in range(150):
+            for _ in range(60):
                 optimiser.zero_grad()
                 (layer(x) - target).square().mean().backward()
                 optimiser.step()
@@ -407,26 +407,27 @@ class TestAppliedToAnyModel:
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A HuggingFace model of random weights, norms included. Its buffers stay in float32, as in a loaded model."""
+    """A HuggingFace model of random weights, norms included."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     heads = dict(num_key_value_heads=2, head_dim=8)
-    model, config = {
-        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(num_key_value_heads=2, **sizes)),
-        "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**sizes)),
-        "bert": (transformers.BertForMaskedLM, transformers.BertConfig(**sizes | dict(pad_token_id=0))),
-        "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**heads, **sizes)),
-        "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**heads, **sizes)),
-    }[kind]
+    config = {
+        "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, **sizes),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes),
+        "bert": lambda: transformers.BertConfig(is_decoder=True, **sizes | dict(pad_token_id=0)),
+        "qwen3": lambda: transformers.Qwen3Config(**heads, **sizes),
+        "gemma2": lambda: transformers.Gemma2Config(**heads, **sizes),
+    }[kind]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        built = model(config).eval()
-    for seed, parameter in enumerate(built.parameters()):
-        value = draw(*parameter.shape, seed=seed) if parameter.ndim == 1 else parameter.data
-        parameter.data = value.to(dtype)
+        built = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for seed, parameter in enumerate(built.parameters()):
+            if parameter.ndim == 1:
+                parameter.copy_(draw(*parameter.shape, seed=seed))
     return built
 
 
@@ -467,11 +468,11 @@ class TestAppliedToHuggingFaceModels:
         model = tiny("llama")
         effkit.apply(model, DyTConfig((0.8, 0.2)))
         optimiser, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
-        for _ in range(15):
+        for _ in range(6):
             optimiser.zero_grad()
             loss = model(self.IDS, labels=self.IDS).loss
             loss.backward()
             assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
             optimiser.step()
             losses.append(loss.item())
-        assert losses[-1] < losses[0] / 2
+        assert losses == sorted(losses, reverse=True)
