@@ -28,7 +28,7 @@ from effkit.cli import output
 from effkit.cli.arguments import find_device
 from effkit.norm import DyTConfig
 
-PROMPT = "def read_lines(path):\n"
+PROMPT = 'def read_lines(path):\n    """Return'
 SAMPLE_BYTES = 56  # with its title 80 columns wide
 
 
