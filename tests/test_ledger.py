@@ -39,7 +39,9 @@ def test_one_signature(op: Op) -> None:
     assert tensors <= public and set(op.grads) <= tensors and op.signature.outputs
     assert options_of(op.reference) == options_of(op.torch) == public
     assert op.function.__doc__ and op.paper.startswith("https://arxiv.org/abs/")
-    assert (inspect.getdoc(inspect.getmodule(op.function)) or "").count("\n") >= 7, "the module's docstring is the paper"
+    assert (inspect.getdoc(inspect.getmodule(op.function)) or "").count("\n") >= 7, (
+        "the module's docstring is the paper"
+    )
 
 
 @every_op
@@ -130,7 +132,11 @@ class TestShapeLines:
     @pytest.mark.parametrize(
         ("shapes", "error", "message"),
         [
-            (dict(x=(3, 512), weight=(511,), pair=(2,)), ValueError, r"weight has shape \[511\], expected \[C\] with C=512"),
+            (
+                dict(x=(3, 512), weight=(511,), pair=(2,)),
+                ValueError,
+                r"weight has shape \[511\], expected \[C\] with C=512",
+            ),
             (dict(x=(), pair=(2,)), ValueError, r"x has shape \[\], expected \[\*N, C\]"),
             (dict(x=(3, 4), pair=(3,)), ValueError, r"pair has shape \[3\], expected \[2\]"),
             (dict(x=None, pair=(2,)), TypeError, r"x is None, expected a tensor \[\*N, C\]"),

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Bug:
 
 
 SOFTMAX, BLOCKS, MASK = (f"effkit/attention/{name}.py" for name in ("softmax", "_blocks", "_mask"))
+DYT = "effkit/norm/dyt.py"
+KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "dyt")
+COMMON, TILES, BACKWARD, DECODE, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 BUGS = (
     Bug("window loses a key", MASK, "offset - self.window + 1", "offset - self.window + 2", ("window, blocks",)),
     Bug("last key out of range", MASK, "row_end + self.offset if", "row_end + self.offset - 1 if", ("softcap",)),
@@ -63,13 +66,61 @@ BUGS = (
     Bug("tail of a packed batch", SOFTMAX, "q.shape[2] - bounds[-1]", "q.shape[2] - bounds[-2]", ("packed",)),
     Bug("empty row divides", BLOCKS, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
         ("rows that see nothing",)),
+    *(
+        replace(bug, op="dynamic_tanh")
+        for bug in (
+            Bug("bias forgotten", DYT, "y.add_(bias)", "y.add_(0 * bias)", ("primes",)),
+            Bug("sums of the wrong factor", DYT, "g = d_rows * t", "g = d_rows * rows", ("primes",)),
+            Bug("alpha missing from dx", DYT, "t.mul_(alpha)", "t.mul_(1.0)", ("primes",)),
+            Bug("slope without weight", DYT, "torch.mul(d_rows, weight, out=g)", "d_rows", ("primes",)),
+        )
+    ),
+    *(
+        replace(bug, backend="triton")
+        for bug in (
+            Bug("last key left out", TILES, "tl.minimum(key_hi, last + 1)", "tl.minimum(key_hi, last)", ("primes",)),
+            Bug("window loses a key", TILES, "first - window + 1", "first - window + 2", ("window",)),
+            Bug("window gains a key", TILES, "keys > position - window", "keys >= position - window", ("window",)),
+            Bug("a tile too many without mask", TILES, "all_hi, hi) - a, 0) // BLOCK * BLOCK",
+                "all_hi, hi) - a + BLOCK - 1, 0) // BLOCK * BLOCK", ("primes",)),
+            Bug("denominator not rescaled", TILES, "total * shrink + tl", "total + tl", ("grouped",)),
+            Bug("output not rescaled", TILES, "v, acc * shrink[:, None])", "v, acc)", ("grouped",)),
+            Bug("slope of softcap", TILES, "grad *= 1 - capped * capped", "grad *= 1 - capped", ("softcap",)),
+            Bug("sink counted twice", TILES, "tl.full([BLOCK_M], 1.0", "tl.full([BLOCK_M], 2.0", ("sinks",)),
+            Bug("packed sequences meet", TILES, "tl.where(rest, T, row_lo), row", "tl.where(rest, T, 0), row",
+                ("packed",)),
+            Bug("starts ignored", TILES, "clamped(key_starts_ptr, n, 0, S)", "0", ("left padding",)),
+            Bug("one head of the group", BACKWARD, "for g in range(group)", "for g in range(1)", ("grouped",)),
+            Bug("gradient of lse dropped", BACKWARD, "delta -= tl.load(", "delta -= 0 * tl.load(", ("grouped",)),
+            Bug("key gradient not scaled", BACKWARD, "dk * scale, 0.0)", "dk, 0.0)", ("primes",)),
+            Bug("delta left out", BACKWARD, "tl.trans(v)) - delta[:, None]", "tl.trans(v))", ("primes",)),
+            Bug("a row too few for a key", TILES, "lo = tl.maximum(row_lo, first - shift)",
+                "lo = tl.maximum(row_lo, first - shift + 1)", ("primes",)),
+            Bug("splits weighed alike", DECODE, "tl.exp2(part_lse - base)", "tl.exp2(part_lse - part_lse)",
+                ("decode",)),
+            Bug("a split starts late", DECODE, "lo += split * share", "lo += split * (share + 1)", ("decode",)),
+            Bug("wrong head of a group", DECODE, "kv_head * group + row % group", "kv_head + row % group", ("decode",)),
+        )
+    ),
+    *(
+        replace(bug, op="dynamic_tanh", backend="triton")
+        for bug in (
+            Bug("slope of tanh", DYT_KERNEL, "(1 - t * t)", "(1 - t)", ("primes",)),
+            Bug("wrong sum for the weight", DYT_KERNEL, "sum_weight += dy * t", "sum_weight += dy", ("primes",)),
+            Bug("wrong sum for alpha", DYT_KERNEL, "sum_alpha += through * x", "sum_alpha += through", ("primes",)),
+            Bug("rows of a stripe skipped", DYT_KERNEL, "own * stripe + stripe, N)", "own * stripe + stripe - BLOCK_N, N)",
+                ("many rows",)),
+            Bug("series of tanh", COMMON, "2 / 15 +", "1 / 15 +", ("all but linear", "around the bend")),
+        )
+    ),
 )  # fmt: skip
 
 
 def planted() -> Iterator[Any]:
     for bug in BUGS:
         if (bug.backend == "triton") == INTERPRET:
-            yield pytest.param(bug, id=bug.name.replace(" ", "_"), marks=[pytest.mark.interpreter] if INTERPRET else [])
+            name = f"{bug.op}-{bug.name.replace(' ', '_')}"
+            yield pytest.param(bug, id=name, marks=[pytest.mark.interpreter] if INTERPRET else [])
 
 
 def copy_package(to: Path) -> Path:

@@ -33,7 +33,11 @@ ARCHITECTURE: dict[str, Any] = dict(
 
 def corpus(split: str) -> Tensor:
     """All documents of a split in one row of token ids, each behind an END: int64 [N]."""
-    ids = [torch.cat((torch.tensor([END]), torch.tensor(list(text)))) for text in stdlib_text(split) if text]
+    ids = [
+        torch.cat((torch.tensor([END]), torch.frombuffer(bytearray(text), dtype=torch.uint8).long()))
+        for text in stdlib_text(split)
+        if text
+    ]
     return torch.cat(ids)
 
 
