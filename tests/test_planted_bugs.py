@@ -69,10 +69,10 @@ BUGS = (
     *(
         replace(bug, op="dynamic_tanh")
         for bug in (
-            Bug("bias forgotten", DYT, "y.add_(bias)", "y.add_(0 * bias)", ("primes",)),
-            Bug("sums of the wrong factor", DYT, "g = d_rows * t", "g = d_rows * rows", ("primes",)),
-            Bug("alpha missing from dx", DYT, "t.mul_(alpha)", "t.mul_(1.0)", ("primes",)),
-            Bug("slope without weight", DYT, "torch.mul(d_rows, weight, out=g)", "d_rows", ("primes",)),
+            Bug("bias forgotten", DYT, "t.add_(bias)", "t.add_(0 * bias)", ("primes",)),
+            Bug("sum of the wrong factor", DYT, "(g * t).sum(0)", "(g * rows).sum(0)", ("primes",)),
+            Bug("alpha missing from dx", DYT, "torch.mul(t, alpha, out=out)", "out.copy_(t)", ("primes",)),
+            Bug("slope without weight", DYT, "g.mul_(weight)", "g.mul_(1)", ("primes",)),
         )
     ),
     *(
@@ -108,7 +108,7 @@ BUGS = (
             Bug("slope of tanh", DYT_KERNEL, "(1 - t * t)", "(1 - t)", ("primes",)),
             Bug("wrong sum for the weight", DYT_KERNEL, "sum_weight += dy * t", "sum_weight += dy", ("primes",)),
             Bug("wrong sum for alpha", DYT_KERNEL, "sum_alpha += through * x", "sum_alpha += through", ("primes",)),
-            Bug("rows of a stripe skipped", DYT_KERNEL, "own * stripe + stripe, N)", "own * stripe + stripe - BLOCK_N, N)",
+            Bug("rows of a stripe skipped", DYT_KERNEL, "stripe + stripe, N)", "stripe + stripe - BLOCK_N, N)",
                 ("many rows",)),
             Bug("series of tanh", COMMON, "2 / 15 +", "1 / 15 +", ("all but linear", "around the bend")),
         )

@@ -21,7 +21,7 @@ _NAMES = {
     "list_ops": "effkit.ops",
     "BackendUnavailable": "effkit.ops",
 }
-_MODULES = ("attention", "norm", "hf", "zoo", "testing", "bench", "kernels")
+_MODULES = ("attention", "norm", "hf", "zoo", "testing", "bench")
 
 __all__ = [  # written out for static checkers; tests/test_ledger.py compares it with the tables above
     "BackendUnavailable",
@@ -32,7 +32,6 @@ __all__ = [  # written out for static checkers; tests/test_ledger.py compares it
     "describe",
     "explain",
     "hf",
-    "kernels",
     "list_ops",
     "load",
     "norm",
@@ -44,7 +43,7 @@ __all__ = [  # written out for static checkers; tests/test_ledger.py compares it
 ]
 
 if TYPE_CHECKING:
-    from effkit import attention, bench, hf, kernels, norm, testing, zoo
+    from effkit import attention, bench, hf, norm, testing, zoo
     from effkit.change import apply, describe, load, save
     from effkit.ops import BackendUnavailable, explain, list_ops, use_backend
     from effkit.testing import verify
