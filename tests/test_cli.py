@@ -108,6 +108,9 @@ def test_an_implementation_that_raises_is_a_failure(run, wrong_op, monkeypatch):
     result = run("verify", wrong_op, "--case", "primes", "--dtype", "fp32")
     assert result.exit_code == 1
     assert "raised RuntimeError: out of shared memory" in " ".join(result.stdout.split())
+    written = run("verify", wrong_op, "--case", "primes", "--dtype", "fp32", "--json", "-").stdout
+    assert "Infinity" not in written  # which is not JSON
+    assert json.loads(written)["results"][0]["rows"][0]["error"] is None
 
 
 @pytest.mark.parametrize(
