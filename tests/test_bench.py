@@ -196,6 +196,15 @@ def test_committed_rows_are_whole_and_in_their_file():
             assert row["judged"]["agrees"] or not row["provider"].startswith("effkit ")
 
 
+def test_saved_rows_come_back(rows, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    bench.append(rows[:2])
+    bench.append(rows[2:])
+    (found,) = report.load(tmp_path / "benchmarks" / "results").values()
+    assert found == bench.compared(rows)
+
+
 def test_tables_take_the_newest_row_of_each_provider(rows, tmp_path):
     older = [{**row, "timestamp": "2020-01-01T00:00:00+00:00", "median_ms": 1e6} for row in rows]
     flex = [{**row, "timestamp": "2021-01-01T00:00:00+00:00", "median_ms": 2.0} for row in rows[:2]]

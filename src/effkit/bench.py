@@ -249,6 +249,7 @@ def results_path(row: Row) -> Path:
 def append(rows: Iterable[Row]) -> None:
     """Adds rows to the results of the checkout."""
     for row in rows:
+        results_path(row).parent.mkdir(exist_ok=True)
         with results_path(row).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

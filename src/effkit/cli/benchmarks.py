@@ -32,7 +32,7 @@ def bench(
     where = find_device(device)
     kind = find_dtype(dtype or ("bf16" if where.type == "cuda" else "fp32"))
     work = _work(find_ops(ops), cases, rivals, where)
-    if save and not (timing.ROOT / "benchmarks" / "results").is_dir():
+    if save and not (timing.ROOT / "benchmarks").is_dir():
         fail("--save keeps rows in benchmarks/results of a checkout, and this effkit is not installed from one")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install 'effkit[plot]'")
