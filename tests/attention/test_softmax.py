@@ -16,18 +16,16 @@ from effkit.testing import assert_equivalent
 
 BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter)] if INTERPRET else ["reference", "torch"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
+# A kernel may compute with the NaN of padding as long as nothing of it is kept; the interpreter's numpy remarks on it.
+nan_is_expected = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def qkv(b: int, hq: int, hkv: int, t: int, s: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    return (
-        draw(b, hq, t, d, dtype=dtype),
-        draw(b, hkv, s, d, seed=1, dtype=dtype),
-        draw(b, hkv, s, d, seed=2, dtype=dtype),
-    )
+def qkv(b: int, hq: int, hkv: int, t: int, s: int, d: int) -> tuple[Tensor, ...]:
+    return draw(b, hq, t, d), draw(b, hkv, s, d, seed=1), draw(b, hkv, s, d, seed=2)
 
 
 def with_grads(fn: Any, *inputs: Tensor) -> list[Tensor]:
@@ -84,6 +82,7 @@ def test_rows_that_see_nothing_are_zero(backend: str) -> None:
     assert o[:, :, 4:].all() and dq[:, :, 5:].any()
 
 
+@nan_is_expected
 @backends
 @pytest.mark.parametrize(
     ("options", "gone"),
@@ -106,6 +105,7 @@ def test_padding_may_hold_anything(backend: str, options: dict[str, Any], gone: 
         assert not clean[3][row, :, where].any() and not clean[4][row, :, where].any()
 
 
+@nan_is_expected
 @backends
 def test_tokens_past_the_packed_sequences_may_hold_anything(backend: str) -> None:
     q, k, v = qkv(1, 2, 1, 12, 12, 16)
