@@ -104,7 +104,7 @@ def run(
         tell(f"{op.name} {case.name}: judging {provider.name}")
         try:
             agrees[provider.name] = _judge(op, check, provider, dtype, device)
-            for mode in modes(op):
+            for mode in modes(op, case):
                 _call(op, provider, case, inputs, mode)()
         except Exception as error:
             if provider.own:
@@ -112,7 +112,7 @@ def run(
             providers.remove(provider)
             skipped[provider.name] = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     rows, here = [], environment(device)
-    for mode in modes(op):
+    for mode in modes(op, case):
         tell(f"{op.name} {case.name}: timing {mode}")
         calls = [_call(op, provider, case, inputs, mode) for provider in providers]
         for provider, call, times in zip(providers, calls, interleave(calls, device, seconds), strict=True):
@@ -130,9 +130,9 @@ def run(
     return Report(rows, skipped)
 
 
-def modes(op: Op) -> tuple[str, ...]:
-    """What is timed: forward, and with the backward pass where the op has one."""
-    return MODES if op.grads else MODES[:1]
+def modes(op: Op, case: Case) -> tuple[str, ...]:
+    """What is timed: forward, and with the backward pass where the op has one and the case wants one."""
+    return MODES[:1] if case.forward_only or not op.grads else MODES
 
 
 def line_up(

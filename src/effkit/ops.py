@@ -51,7 +51,8 @@ class Case:
     sizes maps each axis of the shape line to its length; options are further arguments, passed on as they are; given
     names the optional tensors that are present; ints gives integer tensors (int32) by value; gain multiplies the drawn
     values of a tensor; layout is "contiguous", "transposed" (axes 1 and 2 swapped in memory) or "strided" (every
-    second element of a larger tensor). large cases run on a GPU only; bench cases are timed.
+    second element of a larger tensor). large cases run on a GPU only. forward_only cases (decoding) are not timed with
+    their backward pass.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     gain: Mapping[str, float] = field(default_factory=dict)
     layout: str = "contiguous"
     large: bool = False
+    forward_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,10 @@ def sdpa(
     """torch.nn.functional.scaled_dot_product_attention: is_causal where it means the same, else a boolean mask."""
     grouped = q.shape[1] != k.shape[1]
     square = q.shape[2] == k.shape[2] and window is None
-    mask = None if not causal or square else _boolean_mask(q.shape[2], k.shape[2], window, q.device)
+    sees_all = not causal or (q.shape[2] == 1 and window is None)  # nobody masks the only query of a decoding step
+    mask = None if sees_all or square else _boolean_mask(q.shape[2], k.shape[2], window, q.device)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and square, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal and square and not sees_all, scale=scale, enable_gqa=grouped
     )
 
 
