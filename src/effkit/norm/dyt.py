@@ -424,6 +424,7 @@ _CASES = (
     Case("many rows", {"*N": (1031,), "C": 16}, given=_AFFINE),
     Case("transposed", {"*N": (3, 5), "C": 33}, given=_AFFINE, layout="transposed"),
     Case("transposed rows", {"*N": (3, 5, 7), "C": 33}, given=_AFFINE, layout="transposed"),
+    Case("transposed rows of one batch", {"*N": (1, 5, 7), "C": 33}, given=_AFFINE, layout="transposed"),
     Case("strided", {"*N": (7, 5), "C": 65}, given=_AFFINE, layout="strided"),
     Case("saturated", {"*N": (29,), "C": 65}, given=_AFFINE, gain={"x": 50.0}),
     Case("all but linear", {"*N": (29,), "C": 65}, given=_AFFINE, gain={"x": 1e-3}),
