@@ -104,11 +104,11 @@ def _softmax_attention_combine(
 # BLOCK_M is the most rows a tile takes; it shrinks to the next power of two that holds the rows there are.
 DECODE: TileTable = {
     (80, 64, 2): Tile(64, 64, 4, 3), (80, 128, 2): Tile(64, 64, 4, 2), (80, 256, 2): Tile(32, 32, 4, 2),
-    (80, 64, 4): Tile(16, 32, 4, 2), (80, 128, 4): Tile(16, 16, 4, 2), (80, 256, 4): Tile(16, 16, 4, 1),
+    (80, 64, 4): Tile(32, 32, 4, 1), (80, 128, 4): Tile(32, 32, 8, 1), (80, 256, 4): Tile(16, 16, 8, 1),
     (90, 64, 2): Tile(64, 64, 4, 3), (90, 128, 2): Tile(64, 64, 4, 2), (90, 256, 2): Tile(32, 32, 4, 2),
-    (90, 64, 4): Tile(16, 32, 4, 2), (90, 128, 4): Tile(16, 16, 4, 2), (90, 256, 4): Tile(16, 16, 4, 1),
+    (90, 64, 4): Tile(32, 32, 4, 1), (90, 128, 4): Tile(32, 32, 8, 1), (90, 256, 4): Tile(16, 16, 8, 1),
     (100, 64, 2): Tile(64, 64, 4, 3), (100, 128, 2): Tile(64, 64, 4, 2), (100, 256, 2): Tile(32, 32, 4, 2),
-    (100, 64, 4): Tile(16, 32, 4, 2), (100, 128, 4): Tile(16, 16, 4, 2), (100, 256, 4): Tile(16, 16, 4, 1),
+    (100, 64, 4): Tile(32, 32, 4, 1), (100, 128, 4): Tile(32, 32, 8, 1), (100, 256, 4): Tile(16, 16, 8, 1),
 }  # fmt: skip
 _INTERPRETED = Tile(64, 16, 4, 1)  # several splits of several tiles at the lengths of tests
 SPLITS_AT_ONCE = 16
