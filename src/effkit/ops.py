@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from effkit.shapes import Signature, parse
@@ -203,6 +202,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
         _trace = before
 
 
+def _constant_while_tracing(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import the whole compiler to set this one attribute."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 @functools.cache
 def _load(path: str) -> Any:
     module, _, name = path.partition(":")
@@ -214,7 +219,7 @@ def resolve(path: str) -> Any:
     return _load(path)
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def _import_kernel(name: str) -> None:
     """Keeps an op's kernel as an attribute: torch.compile can guard that, but no function returned by a call."""
     op = OPS[name]
@@ -227,7 +232,7 @@ def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def _has_triton() -> bool:
     return _find_triton()
 
