@@ -1,5 +1,6 @@
 """apply, undo, describe, save and load: what every change promises, with a change made for the test."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import effkit
-from effkit.attention import GQAConfig
+from effkit.attention import GQAConfig, SoftmaxAttentionConfig
 from effkit.change import ChangeConfig, Edit
 from effkit.norm import DyTConfig
 
@@ -85,6 +86,21 @@ def test_a_failing_config_takes_the_earlier_ones_back() -> None:
     with pytest.raises(ValueError, match="broken on purpose"):
         effkit.apply(target, GQAConfig(num_kv_heads=1), HalveConfig(breaks=True))
     assert same(before, state(target)) and effkit.describe(target) == [] and target.config.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("config", [GQAConfig(num_kv_heads=2), DyTConfig(), SoftmaxAttentionConfig()])
+def test_a_deep_copy_undoes_itself(config: ChangeConfig) -> None:
+    target = model()
+    original = state(target)
+    effkit.apply(target, config)
+    changed = state(target)
+    twin = copy.deepcopy(target)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(1.0)
+    twin.__dict__["_effkit_changes"][-1].undo()
+    assert same(state(twin), original) and effkit.describe(twin) == []
+    assert state(target).keys() == changed.keys() and len(effkit.describe(target)) == 1
 
 
 def test_what_cannot_be_undone_says_so() -> None:

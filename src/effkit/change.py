@@ -54,7 +54,10 @@ class ChangeConfig:
 
 @dataclass
 class Edit:
-    """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason)."""
+    """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason).
+
+    undo is a functools.partial over what it restores, not a closure: a deep copy of the model then undoes itself.
+    """
 
     matched: list[str]
     undo: Callable[[], None] | None

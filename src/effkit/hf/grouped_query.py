@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +38,7 @@ def convert(model: nn.Module, config: GQAConfig, data: Iterable[Any] | None = No
         raise ValueError(f"GQAConfig: num_kv_heads is {config.num_kv_heads}, the model can have one of {divisors}")
     plans = [(name, module, _pooled(module, before, config)) for name, module in layers.items()]
 
-    old: list[tuple[nn.Module, str, Any]] = [(text_config, "num_key_value_heads", before)]
+    old: list[tuple[Any, str, Any]] = [(text_config, "num_key_value_heads", before)]
     text_config.num_key_value_heads = config.num_kv_heads
     for _, module, parts in plans:
         counts = {
@@ -52,12 +53,13 @@ def convert(model: nn.Module, config: GQAConfig, data: Iterable[Any] | None = No
             old.append((module, key, getattr(module, key)))
             setattr(module, key, value)
 
-    def undo() -> None:
-        for owner, key, value in old:
-            setattr(owner, key, value)
-
     notes = {"kv heads": f"{before} -> {config.num_kv_heads}"}
-    return Edit(matched=list(layers), undo=undo, notes=notes)
+    return Edit(matched=list(layers), undo=functools.partial(_restore, old), notes=notes)
+
+
+def _restore(old: list[tuple[Any, str, Any]]) -> None:
+    for owner, key, value in old:
+        setattr(owner, key, value)
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -18,6 +18,7 @@ every activation; the model is of no use until it has been trained further. Know
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -218,11 +219,13 @@ def replace_norms(model: nn.Module, config: DyTConfig, data: object = None) -> E
     for name, module in old.items():
         set_module(model, name, new[module])
 
-    def undo() -> None:
-        for name, module in old.items():
-            set_module(model, name, module)
-
+    undo = functools.partial(_put_back, model, old)
     return Edit(list(old), undo, notes={"norms kept": [name for name in norms if name not in old]})
+
+
+def _put_back(model: nn.Module, old: dict[str, nn.Module]) -> None:
+    for name, module in old.items():
+        set_module(model, name, module)
 
 
 class _DynamicTanh(torch.autograd.Function):
