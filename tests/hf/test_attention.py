@@ -391,7 +391,7 @@ def test_families_that_would_stay_eager_raise(config: Any) -> None:
 
 
 def test_what_is_not_computed_raises() -> None:
-    batch, model = Batch.of("left"), effkit_model(eager_model("llama", attention_dropout=0.1))
+    batch, model = Batch.of("none"), effkit_model(eager_model("llama", attention_dropout=0.1))
     with pytest.raises(ValueError, match=r"dropout is 0\.1.*choices"):
         batch.logits(model.train())
     model.eval()
@@ -415,6 +415,26 @@ def test_what_is_not_computed_raises() -> None:
         effkit.apply(nn.Linear(2, 2), SoftmaxAttentionConfig())
     with pytest.raises(effkit.BackendUnavailable, match="triton"):
         effkit_model(eager_model("llama"), backend="triton")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_padded_ids_without_a_mask_raise(place: int) -> None:
+    model = eager_model("llama", pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    change = effkit.apply(model, SoftmaxAttentionConfig())
+    ids = torch.arange(3, 11).reshape(2, 4)
+    model(ids)
+    ids[1, place] = 0
+    with pytest.raises(ValueError, match="attention_mask is None, but input_ids have the padding token 0"):
+        model(ids)
+    with pytest.raises(ValueError, match="attention_mask is None"):
+        copy.deepcopy(model)(input_ids=ids)
+    model(ids, attention_mask=torch.ones_like(ids))
+    change.undo()
+    model(ids)  # as transformers does by itself
+
+
+def test_a_padding_token_that_ends_texts_proves_nothing() -> None:
+    effkit_model(eager_model("llama", pad_token_id=2, eos_token_id=[2, 3]))(torch.tensor([[2, 5, 6]]))
 
 
 @DENSE

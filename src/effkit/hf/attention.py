@@ -210,11 +210,40 @@ def use_attention(model: nn.Module, config: SoftmaxAttentionConfig, data: Iterab
     named = dict(model.named_modules())
     matched = [path for path, module in named.items() if module in called]
     others = _bystanders(named, matched)
+    handle = model.register_forward_pre_hook(_demand_mask, with_kwargs=True)
+    undo = functools.partial(_restore, implementations, options, handle)
     return Edit(matched, undo, notes=dict(unchanged=others) if others else {})
 
 
-def _restore(implementations: list[tuple[PreTrainedConfig, str]], options: dict[nn.Module, Any]) -> None:
-    """Puts back what use_attention found: the implementation in each config, the options on each module."""
+def _demand_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses padded input_ids without an attention_mask, which would attend to the padding; transformers only warns.
+
+    Padding shows at either end of a row. Where the padding token also begins or ends texts, it proves nothing.
+    """
+    if torch.compiler.is_compiling():  # the values cannot be read without leaving the graph
+        return
+    config = model.config.get_text_config()
+    pad: Any = getattr(config, "pad_token_id", None)
+    ends = getattr(config, "eos_token_id", None)
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    ids = given.get("input_ids")
+    elsewhere = any(given.get(name) is not None for name in ("attention_mask", "past_key_values", "position_ids"))
+    ambiguous = pad in (None, getattr(config, "bos_token_id", None), *(ends if isinstance(ends, list) else [ends]))
+    if ambiguous or elsewhere or not isinstance(ids, Tensor) or not ids.numel():
+        return
+    if ids[:, [0, -1]].eq(pad).any():
+        raise ValueError(
+            f"attention_mask is None, but input_ids have the padding token {pad} at the end of a row; expected a mask "
+            "[batch, keys], 1 where there is a token (all ones where that token is meant)"
+        )
+
+
+def _restore(
+    implementations: list[tuple[PreTrainedConfig, str]], options: dict[nn.Module, Any], hook: Any = None
+) -> None:
+    """Puts back what use_attention found: the implementation in each config, the options on each module, no hook."""
+    if hook is not None:
+        hook.remove()
     for part, implementation in implementations:
         part._attn_implementation = implementation
     for module, option in options.items():
