@@ -97,6 +97,13 @@ class Op:
     def signature(self) -> Signature:
         return parse(self.shapes)
 
+    def case(self, name: str) -> Case:
+        """A case by name; ValueError with the choices when there is none."""
+        found = {case.name: case for case in self.cases}
+        if name not in found:
+            raise ValueError(f"{self.name}: no case named {name!r}, choices: {', '.join(map(repr, found))}")
+        return found[name]
+
     def check(self, **tensors: Tensor | None) -> dict[str, int]:
         """Checks the tensors against the shape line and returns the sizes of its axes."""
         return self.signature.check(self.name, tensors)

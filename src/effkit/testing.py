@@ -81,12 +81,13 @@ class Result:
 def compare(
     op: Op | str,
     backend: str,
-    case: Case,
+    case: Case | str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Result:
-    """Judges a backend of an op on a case: outputs and every gradient of the ledger."""
+    """Judges a backend of an op on a case, itself or its name in the ledger: outputs and every gradient."""
     op = get_op(op) if isinstance(op, str) else op
+    case = op.case(case) if isinstance(case, str) else case
     inputs = make_inputs(op, case, dtype, device)
 
     def candidate(**tensors: Any) -> Any:
@@ -105,15 +106,15 @@ def verify(
     device: str | torch.device | None = None,
     backends: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
-) -> Iterator[Result]:
-    """Judges the named ops (default: all) on every case, dtype and backend that can run here, one Result at a time.
+) -> list[Result]:
+    """Judges the named ops (default: all) on every case, dtype and backend that can run here.
 
     device: default CUDA where there is one, else the CPU. backends: default torch, and triton where it can run: on
     CUDA, or on the CPU with TRITON_INTERPRET=1.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    for op, case, dtype, backend in plan(ops, device, backends, dtypes):
-        yield compare(op, backend, case, dtype, device)
+    planned = plan(ops, device, backends, dtypes)
+    return [compare(op, backend, case, dtype, device) for op, case, dtype, backend in planned]
 
 
 def plan(
@@ -224,7 +225,9 @@ def _evaluate(
         generator = torch.Generator().manual_seed(1)
         # Multiples of 1/8 in [-2, 2] are exact in every dtype, so all sides see the same cotangent.
         cotangents += [torch.randint(-16, 17, out.shape, generator=generator) / 8 for out in outputs]
-    used = [(out, c) for out, c in zip(outputs, cotangents, strict=True) if out.requires_grad and out.shape == c.shape]
+    # Outputs too many, too few or of another shape are judged later; here they just have no part.
+    pairs = zip(outputs, cotangents, strict=False)
+    used = [(out, c) for out, c in pairs if out.requires_grad and out.shape == c.shape]
     found = torch.autograd.grad(
         [out for out, _ in used],
         [leaves[name] for name in grads],
