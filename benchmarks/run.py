@@ -2,7 +2,7 @@
 
     python benchmarks/run.py
         verify everything, time everything, keep the rows, renew the tables
-    python benchmarks/run.py --gpu-session OUT
+    python benchmarks/run.py --gpu OUT
         on a GPU, in under 8 minutes: verify all cases, measure tiles, time all ops against their rivals; results and a
         log in the folder OUT; where the files came without their history, EFFKIT_COMMIT names the commit for the rows
 
@@ -34,14 +34,14 @@ from effkit.ops import load_ops
 
 HERE = Path(__file__).resolve().parent
 EFFKIT = (sys.executable, "-m", "effkit.cli")  # run in this folder: from the root, kernels/ would hide a package
-# Seconds for each step of a GPU session, under 8 minutes together; what one leaves over, the next may use.
+# Seconds for each step of a run on a GPU, under 8 minutes together; what one leaves over, the next may use.
 LIMITS = {"verify": 150, "tune": 100, "bench": 90, "compiled": 120}
 COMPILED = ("flex", "compiled")  # rivals that compile for long: they come last, so as not to cost the others their time
 
 
 @dataclass
-class Session:
-    """Where a GPU session leaves its results, and what it has to say at the end."""
+class GpuRun:
+    """Where a run on a GPU leaves its results, and what it has to say at the end."""
 
     out: Path
     summary: list[str] = field(default_factory=list)
@@ -83,13 +83,13 @@ def ordinary_run(quick: bool) -> int:
     return 0
 
 
-def gpu_session(out: Path) -> int:
+def gpu_run(out: Path) -> int:
     """All that a GPU is needed for, the most important first."""
     out.mkdir(parents=True, exist_ok=True)
-    session = Session(out)
+    log = GpuRun(out)
     end = time.monotonic()
     end += LIMITS["verify"]
-    correct = verify_in_parallel(session, end)
+    correct = verify_in_parallel(log, end)
     end += LIMITS["tune"]
     tune = (
         sys.executable,
@@ -99,22 +99,22 @@ def gpu_session(out: Path) -> int:
         "--out",
         str(out / "tiles.json"),
     )
-    session.step("tune", tune, end)
+    log.step("tune", tune, end)
     end += LIMITS["bench"]
     bench = (*EFFKIT, "bench", "--device", "cuda", "--save")
     ops = load_ops().values()
     quick = dict.fromkeys(name for op in ops for name in op.rivals if name not in COMPILED)
-    session.step("bench", (*bench, *against(quick)), end)
+    log.step("bench", (*bench, *against(quick)), end)
     end += LIMITS["compiled"]
     for op in reversed(ops):
         if slow := [name for name in op.rivals if name in COMPILED]:
-            session.step(f"bench {op.name} against {' and '.join(slow)}", (*bench, op.name, *against(slow)), end)
-    collect_rows(session)
-    (out / "summary.txt").write_text("\n".join(session.summary) + "\n", encoding="utf-8")
+            log.step(f"bench {op.name} against {' and '.join(slow)}", (*bench, op.name, *against(slow)), end)
+    collect_rows(log)
+    (out / "summary.txt").write_text("\n".join(log.summary) + "\n", encoding="utf-8")
     return 0 if correct else 1
 
 
-def verify_in_parallel(session: Session, deadline: float) -> bool:
+def verify_in_parallel(log: GpuRun, deadline: float) -> bool:
     """effkit verify on the GPU, in as many processes as there are processors: its time is the compiler's.
 
     Large cases come last and alone, for their references fill the memory.
@@ -140,13 +140,13 @@ def verify_in_parallel(session: Session, deadline: float) -> bool:
     results = [result for part in parts for result in part["results"]]
     lost = [part["lost"] for part in parts if "lost" in part]
     wrong = [result for result in results if not result["ok"]]
-    (session.out / "verify.json").write_text(json.dumps({"results": results, "lost": lost}), encoding="utf-8")
-    session.say(f"verify: {len(results)} judged, {len(wrong)} wrong, {len(lost)} of {len(parts)} processes lost")
+    (log.out / "verify.json").write_text(json.dumps({"results": results, "lost": lost}), encoding="utf-8")
+    log.say(f"verify: {len(results)} judged, {len(wrong)} wrong, {len(lost)} of {len(parts)} processes lost")
     for result in wrong[:20]:
         worst = [f"{row['tensor']} {row['detail']}" for row in result["rows"] if not row["ok"]]
-        session.say(f"  {result['op']} [{result['case']}] {result['dtype']} {result['backend']}: {worst[0]}")
+        log.say(f"  {result['op']} [{result['case']}] {result['dtype']} {result['backend']}: {worst[0]}")
     for part in lost:
-        session.say(f"  lost ({part['reason']}): {' '.join(part['share'])} {' '.join(part['tail'][-1:])}")
+        log.say(f"  lost ({part['reason']}): {' '.join(part['share'])} {' '.join(part['tail'][-1:])}")
     return not wrong and not lost
 
 
@@ -170,17 +170,17 @@ def against(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for name in names for word in ("--rival", name))
 
 
-def collect_rows(session: Session) -> None:
+def collect_rows(log: GpuRun) -> None:
     """Copies this GPU's rows beside the other results and says the short of them."""
     path = timing.results_path(timing.environment(torch.device("cuda")))
     if not path.exists():
-        session.say("no rows")
+        log.say("no rows")
         return
-    shutil.copy(path, session.out / path.name)
+    shutil.copy(path, log.out / path.name)
     rows = timing.compared(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     for row in rows:
         times = "" if row["to_effkit"] is None else f"{row['to_effkit']:.2f}x effkit"
-        session.say(
+        log.say(
             f"{row['op']:18} {row['case']:20} {row['mode']:17} {row['provider']:19}"
             f"{timing.short(row['median_ms']):>7} ms {row['share_of_ceiling']:4.0%} {times}".rstrip()
         )
@@ -188,10 +188,12 @@ def collect_rows(session: Session) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu-session", metavar="OUT", type=Path, help="folder for the results")
+    parser.add_argument("--gpu", metavar="OUT", type=Path, help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     arguments = parser.parse_args()
-    return gpu_session(arguments.gpu_session.resolve()) if arguments.gpu_session else ordinary_run(arguments.quick)
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch finds no CUDA device here; without it everything runs on the CPU")
+    return gpu_run(arguments.gpu.resolve()) if arguments.gpu else ordinary_run(arguments.quick)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def test_candidates_fit_the_tables_of_the_kernels():
     assert tune.fastest(measured) == {table: [measured[1]]}
 
 
-def test_the_processes_of_a_gpu_session_judge_every_case_once():
+def test_the_processes_of_a_gpu_run_judge_every_case_once():
     run = _script("run")
     small, large = run.shares(12)
     dealt = [(share[0], name) for share in small + large for name in share[2::2]]
