@@ -233,6 +233,7 @@ def test_key_heads_are_never_repeated(options: dict[str, Any]) -> None:
 
 
 def test_second_derivatives() -> None:
+    """Of the blocked torch path; torch's fused kernel, which takes plain calls, has none."""
     q, k, v = (x.double().requires_grad_() for x in qkv(1, 2, 1, 4, 4, 3))
     fn = lambda q, k, v: softmax_attention(q, k, v, causal=True, window=3, softcap=2.0, return_lse=True)  # noqa: E731
     assert torch.autograd.gradgradcheck(fn, (q, k, v))
