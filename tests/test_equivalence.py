@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkit.ops import INTERPRET, Case, Op, load_ops
-from effkit.testing import assert_equivalent, compare, make_inputs, plan
+from effkit.testing import assert_equivalent, compare, flat_tensors, make_inputs, plan
 
 DEVICES = ["cpu"] if INTERPRET or not torch.cuda.is_available() else ["cpu", "cuda"]
 BACKENDS = ("triton",) if INTERPRET else None
@@ -62,9 +62,8 @@ def test_repeats_bit_for_bit(op: Op, case: Case, backend: str) -> None:
     runs = []
     for _ in range(2):
         leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in grads}}
-        outputs = call(op, case, backend)(**leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        total = sum(torch.where(out.isfinite(), out, 0.0).square().sum() for out in outputs)
+        outputs = list(flat_tensors(call(op, case, backend)(**leaves)))
+        total = sum(torch.where(out.isfinite(), out, 0.0).square().sum() for out in outputs if out.requires_grad)
         runs.append([*outputs, *torch.autograd.grad(total, [leaves[name] for name in grads])])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
@@ -103,9 +102,8 @@ if "torch" in RUNS_HERE:
         leaves = [inputs[name].detach().clone().requires_grad_() for name in grads]
 
         def of_leaves(*values: torch.Tensor) -> Any:
-            outputs = call(op, case, "torch")(**{**inputs, **dict(zip(grads, values, strict=True))})
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return tuple(torch.where(out.isfinite(), out, 0.0) for out in outputs)
+            outputs = flat_tensors(call(op, case, "torch")(**{**inputs, **dict(zip(grads, values, strict=True))}))
+            return tuple(torch.where(out.isfinite(), out, 0.0) for out in outputs if out.requires_grad)
 
         assert torch.autograd.gradcheck(of_leaves, leaves, fast_mode=True)
 

@@ -217,8 +217,7 @@ def _evaluate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients of fn. The first call (float64) draws the cotangents that all calls share."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in grads}
-    outputs = fn(**{**inputs, **leaves})
-    outputs = [out for out in (outputs if isinstance(outputs, tuple | list) else (outputs,)) if out is not None]
+    outputs = list(flat_tensors(fn(**{**inputs, **leaves})))
     if not grads:
         return [out.detach() for out in outputs], []
     if not cotangents:
@@ -236,6 +235,15 @@ def _evaluate(
     )
     filled = [torch.zeros_like(leaves[n]) if grad is None else grad for n, grad in zip(grads, found, strict=True)]
     return [out.detach() for out in outputs], filled
+
+
+def flat_tensors(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in what a function returned: one, or tuples of them (a state) within tuples; None is skipped."""
+    if isinstance(outputs, tuple | list):
+        for part in outputs:
+            yield from flat_tensors(part)
+    elif outputs is not None:
+        yield outputs
 
 
 def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float, largest: float) -> Row:
