@@ -9,16 +9,22 @@ from effkit.attention.grouped_query import (
     rotary_embedding,
     similar_heads,
 )
+from effkit.attention.linear import FEATURE_MAPS, linear_attention
 from effkit.attention.mamba2 import ssd
+from effkit.attention.retnet import default_decay, retention
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
 
 __all__ = [
+    "FEATURE_MAPS",
     "GQAConfig",
     "GroupedQueryAttention",
     "KVCache",
     "RecurrentState",
     "SoftmaxAttentionConfig",
+    "default_decay",
+    "linear_attention",
     "mha_to_gqa",
+    "retention",
     "rotary_embedding",
     "similar_heads",
     "softmax_attention",

@@ -34,21 +34,24 @@ class RecurrentState(NamedTuple):
     normalizer: Tensor | None = None
 
 
-def check_inputs(op: Op, tensors: Mapping[str, Tensor | None], initial: Any, cu_seqlens: Tensor | None) -> int:
+def check_inputs(
+    op: Op, tensors: Mapping[str, Tensor | None], initial: Any, cu_seqlens: Tensor | None, **others: Tensor | None
+) -> int:
     """Everything about the tensors that is common to the family; returns H. g, where there is one, is a log-decay.
 
-    Values are read only where that costs nothing: on the CPU, outside of torch.compile.
+    others are tensors without a time axis, of which only shape and device are checked. Values are read only where that
+    costs nothing: on the CPU, outside of torch.compile.
     """
     present = {name: x for name, x in tensors.items() if x is not None}
     q, k, v = (present[name] for name in "qkv")
     memory = initial.memory if isinstance(initial, RecurrentState) else initial
-    sizes = op.check(**tensors, initial_state=memory, cu_seqlens=cu_seqlens)
+    sizes = op.check(**tensors, initial_state=memory, cu_seqlens=cu_seqlens, **others)
     if not q.dtype.is_floating_point or q.dtype.itemsize < 2 or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"{op.name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; "
             "expected one dtype of float16, bfloat16, float32, float64"
         )
-    for name, x in (*present.items(), ("initial_state", memory), ("cu_seqlens", cu_seqlens)):
+    for name, x in (*present.items(), ("initial_state", memory), ("cu_seqlens", cu_seqlens), *others.items()):
         if x is not None and x.device != q.device:
             raise ValueError(f"{op.name}: {name} is on {x.device}, expected q's device {q.device}")
     heads = max(q.shape[1], k.shape[1], v.shape[1])
