@@ -43,9 +43,9 @@ def check_inputs(
     costs nothing: on the CPU, outside of torch.compile.
     """
     present = {name: x for name, x in tensors.items() if x is not None}
-    q, k, v = (present[name] for name in "qkv")
     memory = initial.memory if isinstance(initial, RecurrentState) else initial
     sizes = op.check(**tensors, initial_state=memory, cu_seqlens=cu_seqlens, **others)
+    q, k, v = (present[name] for name in "qkv")
     if not q.dtype.is_floating_point or q.dtype.itemsize < 2 or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"{op.name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; "
@@ -108,7 +108,7 @@ def check_scale(op: str, scale: float | None, default: float) -> float:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of an active autocast region, as matrix products take theirs."""
-    device = tensors[0].device.type
+    device = getattr(tensors[0], "device", torch.device("cpu")).type  # what is no tensor is named by the checks later
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

@@ -174,14 +174,16 @@ def linear_attention(
     _check(causal, normalize, initial_state, return_state, key_lengths, cu_seqlens, feature_map)
     raw = dict(q=q, k=k, v=v)
     check_inputs(LINEAR_ATTENTION, raw, None, cu_seqlens, key_lengths=key_lengths)
+    gone = _missing(k, key_lengths, cu_seqlens)
+    if gone is not None:  # before the feature map, whose slope there may be NaN
+        q, k = (q.masked_fill(gone, 0.0) if key_lengths is None else q), k.masked_fill(gone, 0.0)
     if feature_map == "softmax":
         wide_q, wide_k = widen(q, k)
         q, k = (x.to(v.dtype) for x in _softmax_features(wide_q, wide_k, key_lengths, cu_seqlens))
         normalize = False
     else:
         q, k = (features(x, feature_map) for x in (q, k))
-    if key_lengths is not None:
-        gone = (torch.arange(k.shape[2], device=k.device) >= key_lengths[:, None])[:, None, :, None]
+    if gone is not None:  # and after it, since features of 0 are not 0
         k, v = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
     tensors = dict(q=q, k=k, v=v)
     check_inputs(LINEAR_ATTENTION, tensors, initial_state, cu_seqlens)
@@ -197,6 +199,14 @@ def features(x: Tensor, feature_map: str | Callable[[Tensor], Tensor]) -> Tensor
     if callable(feature_map):
         return feature_map(x).to(x.dtype)
     return FEATURE_MAPS[feature_map](x.to(wide_dtype(x.dtype))).to(x.dtype)
+
+
+def _missing(k: Tensor, key_lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """bool [B or 1, 1, T, 1]: tokens that do not exist; None where all do."""
+    token = torch.arange(k.shape[2], device=k.device)
+    if key_lengths is not None:
+        return (token >= key_lengths[:, None])[:, None, :, None]
+    return None if cu_seqlens is None else (token >= cu_seqlens[-1])[None, None, :, None]
 
 
 def _softmax_features(
