@@ -12,6 +12,7 @@ from effkit.attention.grouped_query import (
 from effkit.attention.linear import FEATURE_MAPS, linear_attention
 from effkit.attention.mamba2 import ssd
 from effkit.attention.retnet import default_decay, retention
+from effkit.attention.short_convolution import ShortConvolution
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "GroupedQueryAttention",
     "KVCache",
     "RecurrentState",
+    "ShortConvolution",
     "SoftmaxAttentionConfig",
     "default_decay",
     "linear_attention",
