@@ -61,8 +61,8 @@ def segment(key_starts_ptr, key_lengths_ptr, query_offset_ptr, cu_seqlens_ptr, s
         row_lo, row_hi = 0, T
         key_lo, key_hi = clamped(key_starts_ptr, n, 0, S), clamped(key_lengths_ptr, n, S, S)
         shift = S - T
-        if query_offset_ptr is not None:
-            shift = tl.load(query_offset_ptr + n).to(tl.int32)
+    if query_offset_ptr is not None:
+        shift = tl.load(query_offset_ptr + n).to(tl.int32)
     return row_lo, row_hi, key_lo, key_hi, shift
 
 

@@ -267,6 +267,7 @@ def softmax_attention(
 _OPTIONAL = {
     "causal": (),
     "packed": ("cu_seqlens_ptr", "sequence_ptr"),
+    "packed, both sides": ("cu_seqlens_ptr", "sequence_ptr", "query_offset_ptr", "window"),
     "everything": (
         "sinks_ptr",
         "key_starts_ptr",
@@ -294,11 +295,21 @@ def _spec(kernel: Any, arch: int, tile: Tile, dtype: str, width: int, variant: s
     known = absent | sizes | {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N} | extra
     constants = {name: known[name] for name in kernel.arg_names if name in known}
     signature = {name: _argument_type(name, dtype) for name in kernel.arg_names if name not in known}
-    passes = [key.removeprefix("WANT_").lower() for key, value in extra.items() if value is True]
-    name = "-".join([kernel.__name__.lstrip("_"), str(width), dtype, variant, *passes])
+    wanted = [key.removeprefix("WANT_").lower() for key, value in extra.items() if value is True]
+    name = "-".join([kernel.__name__.lstrip("_"), str(width), dtype, variant, *wanted])
     # Rows of matrix instructions on Hopper come in 64; float32 keeps its bits and uses none.
     needs = ("wgmma",) if arch == 90 and dtype == "bf16" and kernel.__name__.endswith(("_fwd", "_dq", "_dkv")) else ()
     return AotSpec(name, kernel, signature, constants, tile.num_warps, tile.num_stages, arch, needs)
+
+
+def passes(arch: int, width: int, dtype: str, variant: str) -> Iterator[AotSpec]:
+    """Forward and backward of one build, with the tiles that the tables pick."""
+    key = arch, width, 2 if dtype == "bf16" else 4
+    build = (dtype, width, variant)
+    yield _spec(_softmax_attention_fwd, arch, _FWD[key], *build)
+    yield _spec(backward._softmax_attention_bwd_dq, arch, backward.DQ[key], *build)
+    for want in backward.dkv_passes({"BLOCK_D": width, "BLOCK_DV": width}, key[2]):
+        yield _spec(backward._softmax_attention_bwd_dkv, arch, backward.DKV[key], *build, **want)
 
 
 def aot_specs() -> Iterator[AotSpec]:
@@ -307,12 +318,7 @@ def aot_specs() -> Iterator[AotSpec]:
     # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
     for arch, builds in (80, [*half, (64, "fp32", "everything")]), (90, half), (100, half):
         for width, dtype, variant in builds:
-            key = arch, width, 2 if dtype == "bf16" else 4
-            build = (dtype, width, variant)
-            yield _spec(_softmax_attention_fwd, arch, _FWD[key], *build)
-            yield _spec(backward._softmax_attention_bwd_dq, arch, backward.DQ[key], *build)
-            for want in backward.dkv_passes({"BLOCK_D": width, "BLOCK_DV": width}, key[2]):
-                yield _spec(backward._softmax_attention_bwd_dkv, arch, backward.DKV[key], *build, **want)
+            yield from passes(arch, width, dtype, variant)
         few_rows = decode.DECODE[arch, 128, 2]._replace(BLOCK_M=16)
         streaming = Tile(backward.DELTA_ROWS, 0, 4, 3)
         build = ("bf16", 128, "everything")

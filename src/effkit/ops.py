@@ -58,7 +58,7 @@ class Case:
     sizes: Mapping[str, int | tuple[int, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
     given: tuple[str, ...] = ()
-    ints: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ints: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     gain: Mapping[str, float] = field(default_factory=dict)
     layout: str = "contiguous"
     large: bool = False

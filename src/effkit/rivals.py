@@ -76,6 +76,15 @@ def sdpa(
     )
 
 
+@rival(lambda **_: None)
+def sdpa_in_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **options: Any) -> Tensor:
+    """scaled_dot_product_attention with a boolean mask for whatever `sliding_window_attention` lets a query see."""
+    global_tokens = options.pop("global_tokens", None)
+    positions = None if global_tokens is None else tuple(map(tuple, global_tokens.tolist()))
+    mask = _window_mask(q.shape[2], k.shape[2], positions, q.device, **options)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class _Layer(nn.Module):
     """What transformers' function asks of the layer that calls it."""
 
@@ -175,6 +184,28 @@ def _boolean_mask(t: int, s: int, window: int | None, device: torch.device) -> T
     keys = torch.arange(s, device=device)
     visible = keys <= position
     return visible if window is None else visible & (keys > position - window)
+
+
+@functools.lru_cache(maxsize=1)
+def _window_mask(
+    t: int,
+    s: int,
+    global_positions: tuple[tuple[int, ...], ...] | None,
+    device: torch.device,
+    *,
+    window: int,
+    causal: bool = True,
+    sink_tokens: int = 0,
+) -> Tensor:
+    """[T, S] or [B, 1, T, S], True where a query sees a key."""
+    distance = torch.arange(t, device=device)[:, None] + s - t - torch.arange(s, device=device)
+    near = (distance < window) if causal else (distance.abs() <= window)
+    visible = near | (torch.arange(s, device=device) < sink_tokens)
+    if global_positions is not None:
+        is_global = torch.zeros(len(global_positions), s, dtype=torch.bool, device=device)
+        is_global.scatter_(1, torch.tensor(global_positions, device=device), True)
+        visible = visible | is_global[:, None, None] | is_global[:, None, :, None]
+    return visible & (distance >= 0) if causal else visible
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """Attention: exact, in forms whose memory and time do not grow with T x S where they need not."""
 
 from effkit.attention._recurrent import RecurrentState
+from effkit.attention.gla import gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
     GroupedQueryAttention,
@@ -13,6 +14,7 @@ from effkit.attention.linear import FEATURE_MAPS, linear_attention
 from effkit.attention.mamba2 import ssd
 from effkit.attention.retnet import default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
+from effkit.attention.sliding_window import SlidingWindowConfig, sliding_window_attention
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
 
 __all__ = [
@@ -22,13 +24,16 @@ __all__ = [
     "KVCache",
     "RecurrentState",
     "ShortConvolution",
+    "SlidingWindowConfig",
     "SoftmaxAttentionConfig",
     "default_decay",
+    "gated_linear_attention",
     "linear_attention",
     "mha_to_gqa",
     "retention",
     "rotary_embedding",
     "similar_heads",
+    "sliding_window_attention",
     "softmax_attention",
     "ssd",
 ]

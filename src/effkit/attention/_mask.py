@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees, as positions instead of a T x S tensor."""
+    """Which keys a query sees, as positions instead of a T x S tensor.
+
+    window counts the keys up to the query's own when causal, else those on each side of it.
+    """
 
     device: torch.device
     causal: bool
@@ -42,21 +45,35 @@ class Mask:
 
     def visible(self, row: int, row_end: int, key: int, key_end: int) -> Tensor:
         """bool [B or 1, 1, rows, keys]: whether each query of a range of rows sees each key of a range of keys."""
-        i = torch.arange(row, row_end, device=self.device)[:, None] + self.offset
-        j = torch.arange(key, key_end, device=self.device)
-        see = torch.ones(1, 1, row_end - row, key_end - key, dtype=torch.bool, device=self.device)
+        rows = torch.arange(row, row_end, device=self.device)[:, None]
+        return self.between(rows, torch.arange(key, key_end, device=self.device))
+
+    def between(self, row: Tensor, key: Tensor) -> Tensor:
+        """The same for any rows and keys, whose indices broadcast against [B, 1, rows, keys]."""
+        i, j = row + self.offset, key
+        see = torch.ones(1, 1, *torch.broadcast_shapes(row.shape, key.shape)[-2:], dtype=torch.bool, device=self.device)
         if self.causal:
             see = see & (j <= i)
         if self.window is not None:
-            see = see & (j > i - self.window)
+            see = see & in_window(i - j, self.window, self.causal)
         if self.starts is not None:
             see = see & (j >= self.starts)
         if self.lengths is not None:
             see = see & (j < self.lengths)
         if self.sequence is not None:
-            own = self.sequence[row:row_end, None]
-            see = see & (own == self.sequence[key:key_end]) & (own >= 0)
+            own = self.sequence[row]
+            see = see & (own == self.sequence[key]) & (own >= 0)
         return see
+
+    def exists(self, keys: int) -> Tensor:
+        """bool [B or 1, keys]: which keys exist at all."""
+        j = torch.arange(keys, device=self.device)[None]
+        real = torch.ones_like(j, dtype=torch.bool) if self.sequence is None else self.sequence[None] >= 0
+        if self.starts is not None:
+            real = real & (j >= self.starts[:, 0, 0])
+        if self.lengths is not None:
+            real = real & (j < self.lengths[:, 0, 0])
+        return real
 
     def blank_padding(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with zeros where nothing exists, so that 0 * NaN never meets a sum or a gradient."""
@@ -77,13 +94,27 @@ class Mask:
         """A range of keys outside of which no row of the block sees anything (all keys where that is unknown)."""
         if not isinstance(self.offset, int):
             return 0, keys
-        first = row + self.offset - self.window + 1 if self.window is not None else 0
-        end = row_end + self.offset if self.causal else keys
+        before, after = self._reach()
+        first = 0 if before is None else row + self.offset - before
+        end = keys if after is None else row_end + self.offset + after
         return min(max(0, first), keys), min(max(0, end), keys)
 
     def cuts(self, row: int, row_end: int, key: int, key_end: int) -> bool:
         """Whether some query of the block may not see some key of the range, so that the mask must be applied."""
         if not isinstance(self.offset, int) or any(x is not None for x in (self.starts, self.lengths, self.sequence)):
             return True
-        # With a window too: the key range of a block of several rows ends past its first row, that of one row is exact.
-        return self.causal and key_end - 1 > row + self.offset
+        before, after = self._reach()
+        too_late = after is not None and key_end - 1 > row + self.offset + after
+        return too_late or (before is not None and key < row_end - 1 + self.offset - before)
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        """How many keys a query sees before and after its own at most, None: all."""
+        if self.window is None:
+            return None, 0 if self.causal else None
+        return (self.window - 1, 0) if self.causal else (self.window, self.window)
+
+
+def in_window(distance: Tensor, window: int, causal: bool, dilation: int | Tensor = 1) -> Tensor:
+    """Whether a key lies in its query's window: `window` keys up to its own, or that many on each side of it."""
+    reach = window - 1 if causal else window
+    return (distance.abs() <= reach * dilation) & (distance % dilation == 0)

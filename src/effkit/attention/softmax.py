@@ -90,7 +90,7 @@ def softmax_attention_torch(
     ragged = any(tensor is not None for tensor in (key_lengths, key_starts, query_offset, cu_seqlens))
     plain = softcap is None and sinks is None and not ragged and not return_lse and q.shape[3] == v.shape[3]
     square = q.shape[2] == k.shape[2] and (window is None or window >= k.shape[2])
-    if plain and q.numel() and k.numel() and (square or (q.shape[2] == 1 and window is None) or not causal):
+    if plain and q.numel() and k.numel() and (square or (window is None and (q.shape[2] == 1 or not causal))):
         return _by_sdpa(q, k, v, causal and q.shape[2] > 1, scale)
     o, lse = BlockAttention.apply(
         q, k, v, sinks, key_lengths, cu_seqlens, key_starts, query_offset, causal, window, scale, softcap
@@ -146,10 +146,13 @@ def softmax_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     arguments: dict[str, Any] = dict(q=q, k=k, v=v, causal=causal, window=window, softcap=softcap, sinks=sinks)
     lengths = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens, key_starts=key_starts, query_offset=query_offset)
-    lengths = {name: _as_int32(name, value) for name, value in lengths.items()}
+    lengths = {name: as_int32("softmax_attention", name, value) for name, value in lengths.items()}
     sizes = SOFTMAX_ATTENTION.check(q=q, k=k, v=v, sinks=sinks, **lengths)
-    _check(sizes, **arguments, **lengths)
-    scale = _checked_scale(scale, sizes["D"])
+    _check_window(window, causal)
+    if softcap is not None and not (isinstance(softcap, float | int) and 0 < softcap < math.inf):
+        raise ValueError(f"softmax_attention: softcap is {softcap!r}, expected None or a finite number > 0")
+    check_tensors("softmax_attention", sizes, q=q, k=k, v=v, sinks=sinks, **lengths)
+    scale = checked_scale("softmax_attention", scale, sizes["D"])
     return SOFTMAX_ATTENTION.run(backend, **arguments, **lengths, scale=scale, return_lse=return_lse)
 
 
@@ -211,20 +214,22 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     return out.reshape(batch, heads, rows, v.shape[3])
 
 
-def _as_int32(name: str, value: Tensor | None) -> Tensor | None:
+def as_int32(op: str, name: str, value: Tensor | None) -> Tensor | None:
+    """A tensor of integers as int32; TypeError for anything else."""
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"softmax_attention: {name} is {got}, expected a tensor of int32 or int64")
+        raise TypeError(f"{op}: {name} is {got}, expected a tensor of int32 or int64")
     return value.to(torch.int32)
 
 
-def _checked_scale(scale: float | None, width: int) -> float:
+def checked_scale(op: str, scale: float | None, width: int) -> float:
+    """The scale as a number, width ** -0.5 where it is None; ValueError for anything else."""
     if scale is None:
         return width**-0.5 if width else 1.0
     if isinstance(scale, bool) or not isinstance(scale, float | int) or not math.isfinite(scale):
-        raise ValueError(f"softmax_attention: scale is {scale!r}, expected a finite number or None for D ** -0.5")
+        raise ValueError(f"{op}: scale is {scale!r}, expected a finite number or None for D ** -0.5")
     return float(scale)
 
 
@@ -237,9 +242,8 @@ def _check_window(window: int | None, causal: bool) -> None:
         raise ValueError(f"window={window} needs causal=True: it counts the keys up to the query's own")
 
 
-def _check(sizes: dict[str, int], **arguments: Any) -> None:
-    """Everything that the shape line does not say. Values of integer tensors are read only where that costs nothing."""
-    op = "softmax_attention"
+def check_tensors(op: str, sizes: dict[str, int], **arguments: Any) -> None:
+    """What the shape line does not say. Values of integer tensors are read only where that costs nothing."""
     q, k, v = (arguments[name] for name in "qkv")
     if not q.dtype.is_floating_point or q.dtype.itemsize < 2 or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
@@ -253,13 +257,9 @@ def _check(sizes: dict[str, int], **arguments: Any) -> None:
         raise ValueError(
             f"{op}: q has Hq={sizes['Hq']} heads, expected a multiple of the Hkv={sizes['Hkv']} heads of k and v"
         )
-    _check_window(arguments["window"], arguments["causal"])
-    softcap = arguments["softcap"]
-    if softcap is not None and not (isinstance(softcap, float | int) and 0 < softcap < math.inf):
-        raise ValueError(f"{op}: softcap is {softcap!r}, expected None or a finite number > 0")
     if arguments["cu_seqlens"] is not None:
         for name in ("key_lengths", "key_starts", "query_offset"):
-            if arguments[name] is not None:
+            if arguments.get(name) is not None:
                 raise ValueError(f"{op}: {name} and cu_seqlens are both given, expected at most one of them")
         if sizes["B"] != 1 or sizes["T"] != sizes["S"] or sizes["N"] < 1:
             raise ValueError(
@@ -267,24 +267,22 @@ def _check(sizes: dict[str, int], **arguments: Any) -> None:
                 "packed sequences need B=1, T=S and at least one entry"
             )
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(sizes, **arguments)
+        _check_values(op, sizes, **arguments)
 
 
-def _check_values(sizes: dict[str, int], **arguments: Any) -> None:
+def _check_values(op: str, sizes: dict[str, int], **arguments: Any) -> None:
     cu_seqlens = arguments["cu_seqlens"]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > sizes["T"]:
-            raise ValueError(
-                f"softmax_attention: cu_seqlens is {bounds}, expected 0 = first <= ... <= last <= T={sizes['T']}"
-            )
+            raise ValueError(f"{op}: cu_seqlens is {bounds}, expected 0 = first <= ... <= last <= T={sizes['T']}")
     for name in ("key_lengths", "key_starts"):
         value = arguments[name]
         if value is not None and value.numel() and (value.min() < 0 or value.max() > sizes["S"]):
-            raise ValueError(f"softmax_attention: {name} is {value.tolist()}, expected values from 0 to S={sizes['S']}")
+            raise ValueError(f"{op}: {name} is {value.tolist()}, expected values from 0 to S={sizes['S']}")
 
 
-def _supports(q: Tensor, v: Tensor, **_: Any) -> str | None:
+def kernel_cannot(q: Tensor, v: Tensor, **_: Any) -> str | None:
     """Why the kernel cannot run, or None."""
     if q.dtype == torch.float64:
         return "float64 has no kernel"
@@ -398,7 +396,7 @@ SOFTMAX_ATTENTION = register(
         reference=softmax_attention_reference,
         torch=softmax_attention_torch,
         triton="effkit.kernels.softmax_attention:softmax_attention",
-        supports=_supports,
+        supports=kernel_cannot,
         cases=_CASES,
         bench=_BENCH,
         grads=("q", "k", "v", "sinks"),
