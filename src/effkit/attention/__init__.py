@@ -1,7 +1,7 @@
 """Attention: exact, in forms whose memory and time do not grow with T x S where they need not."""
 
 from effkit.attention._recurrent import RecurrentState
-from effkit.attention.gla import gated_linear_attention
+from effkit.attention.gla import GatedLinearAttention, gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
     GroupedQueryAttention,
@@ -20,6 +20,7 @@ from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
 __all__ = [
     "FEATURE_MAPS",
     "GQAConfig",
+    "GatedLinearAttention",
     "GroupedQueryAttention",
     "KVCache",
     "RecurrentState",
