@@ -34,6 +34,17 @@ class RecurrentState(NamedTuple):
     normalizer: Tensor | None = None
 
 
+class LayerState(NamedTuple):
+    """What a layer around a recurrent technique carries.
+
+    conv        [B, W - 1, C] the last inputs of its short convolution, a tuple of them, or None without one
+    recurrent   the state of its op
+    """
+
+    conv: Any
+    recurrent: Any
+
+
 def check_inputs(
     op: Op, tensors: Mapping[str, Tensor | None], initial: Any, cu_seqlens: Tensor | None, **others: Tensor | None
 ) -> int:
@@ -191,6 +202,31 @@ def _as_rows(call: Any, tensors: Mapping[str, Tensor | None], initial: Any, cu_s
     return torch.where((token < cu_seqlens[-1])[:, None, None], taken, 0.0).transpose(0, 1)[None]
 
 
+def by_spans(
+    core: Callable[..., tuple[Tensor, Any]], C: int, initial: Any, *tensors: Tensor | None
+) -> tuple[Tensor, Any]:
+    """core(*tensors, state) over spans of whole chunks, each continued from the state before it; (o, state).
+
+    On a CPU a span's C x C products then fit into the cache, where memory would else be mapped anew for every one of
+    them: several times faster from a few thousand tokens on.
+    """
+    q = tensors[0]
+    assert q is not None
+    T = q.shape[2]
+    chunks = _SPAN_PAIRS // max(1, q.shape[0] * q.shape[1] * C * C)
+    span = C * max(1, chunks) if q.device.type == "cpu" else max(1, T)
+    # split, not slices: the gradient of a slice is a tensor as long as the whole, for every span.
+    spans = zip(*([None] * -(-T // span) if x is None else x.split(span, dim=2) for x in tensors), strict=True)
+    outs, state = [], initial
+    for parts in spans if T else [tensors]:
+        o, state = core(*parts, state)
+        outs.append(o)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)), state
+
+
+_SPAN_PAIRS = 1 << 19  # two megabytes of float32
+
+
 def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
     """A state with fn applied to each of its tensors; None stays None."""
     return None if state is None else type(state)(*(None if x is None else fn(x) for x in state))
@@ -254,8 +290,10 @@ def scan_chunks(update: Tensor, decay: Tensor | None, initial: Tensor) -> tuple[
     A loop, since on a CPU nothing beats reading and writing each state once.
     """
     state, before = initial, [update[:, :, :0]]
-    factor = None if decay is None else decay.view(*decay.shape, *[1] * (update.ndim - decay.ndim))
-    for n in range(update.shape[2]):
+    factors: Any = itertools.repeat(1)
+    if decay is not None:
+        factors = decay.view(*decay.shape, *[1] * (update.ndim - decay.ndim)).unbind(2)
+    for new, factor in zip(update.unbind(2), factors, strict=False):  # unbind: an index would cost a whole gradient
         before.append(state[:, :, None])
-        state = update[:, :, n] + (state if factor is None else factor[:, :, n] * state)
+        state = new + factor * state
     return torch.cat(before, dim=2), state

@@ -14,14 +14,20 @@ softmax attention of the same size (Arora et al., arXiv 2402.18668); hybrids kee
 
 from __future__ import annotations
 
+from functools import partial
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from effkit.attention._blocks import wide_dtype
 from effkit.attention._recurrent import (
+    LayerState,
     RecurrentState,
     autocast,
+    by_spans,
     check_chunk_size,
     check_inputs,
     check_scale,
@@ -36,6 +42,7 @@ from effkit.attention._recurrent import (
     to_chunks,
     widen,
 )
+from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
 
 
@@ -72,9 +79,17 @@ def ssd_torch(
     chunk_size: int,
 ) -> tuple[Tensor, RecurrentState]:
     """Chunks: a masked product within each, and a scan over the states between them."""
-    T, dtype, heads = q.shape[2], v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
-    C = chunk_length(T, chunk_size)
-    q, k, v = (to_chunks(expand_heads(x, heads), C) for x in widen(q * scale, k, v))
+    dtype, heads = v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
+    C = chunk_length(q.shape[2], chunk_size)
+    q, k, v = (expand_heads(x, heads) for x in widen(q * scale, k, v))
+    o, memory = by_spans(partial(_in_chunks, C), C, first_memory(k, v, initial_state), q, k, v, g)
+    return o.to(dtype), RecurrentState(memory, next_position(q, initial_state))
+
+
+def _in_chunks(C: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """A span of tokens in chunks of C: o and the memory after it."""
+    T = q.shape[2]
+    q, k, v = (to_chunks(x, C) for x in (q, k, v))
     scores = q @ k.mT  # [B, H, N, C, C]
     if g is None:
         decay, weights = None, scores.tril()
@@ -84,9 +99,8 @@ def ssd_torch(
         q = q * c.to(q.dtype).exp()[..., None]  # from the start of the chunk to the token
         k = k * (c[..., -1:] - c).to(q.dtype).exp()[..., None]  # from the token to the end of the chunk
         decay = c[..., -1].to(q.dtype).exp()
-    before, last = scan_chunks(k.mT @ v, decay, first_memory(k, v, initial_state))
-    o = weights @ v + q @ before
-    return from_chunks(o, T).to(dtype), RecurrentState(last, next_position(from_chunks(q, T), initial_state))
+    before, last = scan_chunks(k.mT @ v, decay, memory)
+    return from_chunks(weights @ v + q @ before, T), last
 
 
 def first_memory(k: Tensor, v: Tensor, initial: RecurrentState | None) -> Tensor:
@@ -140,6 +154,128 @@ def ssd(
         SSD, backend, tensors, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
         scale=scale, chunk_size=chunk_size,
     )  # fmt: skip
+
+
+class Mamba2(nn.Module):
+    """The layer of Mamba-2 (arXiv 2405.21060, section 7.1 and figure 6): x [B, T, C] -> y [B, T, C].
+
+        z, uBC, dt = in_proj(x)        u, B, C = conv1d(uBC)        dt = softplus(dt + dt_bias)
+        y = out_proj(norm((ssd(q=C, k=B, v=dt u, g=-exp(A_log) dt) + D u) * silu(z)))
+
+    hidden_size       C
+    state_size        K, the width of B and C
+    head_dim          V; there are expand * hidden_size / head_dim heads
+    n_groups          groups of heads that share B and C; the norm is over the channels of a group
+    conv_kernel       tokens that the convolution sees
+    bias, conv_bias   of the projections, of the convolution
+    time_step_limit   dt is clamped to it
+    norm_eps          added to the mean square in the norm
+    chunk_size, backend    as in `ssd`
+
+    Parameters have the names and shapes of transformers' Mamba2Mixer, whose weights load_state_dict takes as they are.
+    A_log, D and dt_bias are commonly left out of weight decay.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        state_size: int = 128,
+        head_dim: int = 64,
+        expand: int = 2,
+        n_groups: int = 1,
+        conv_kernel: int = 4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        time_step_limit: tuple[float, float] = (0.0, math.inf),
+        norm_eps: float = 1e-5,
+        chunk_size: int = 64,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        inner = expand * hidden_size
+        if head_dim < 1 or inner % head_dim:
+            raise ValueError(f"Mamba2: head_dim is {head_dim}, expected a divisor of expand * hidden_size = {inner}")
+        heads = inner // head_dim
+        if n_groups < 1 or heads % n_groups:
+            raise ValueError(f"Mamba2: n_groups is {n_groups}, expected a divisor of the {heads} heads")
+        check_chunk_size("Mamba2", chunk_size)
+        self.hidden_size, self.head_dim, self.state_size, self.n_groups = hidden_size, head_dim, state_size, n_groups
+        self.time_step_limit, self.chunk_size, self.backend = time_step_limit, chunk_size, backend
+        made: Any = dict(device=device, dtype=dtype)
+        self._widths = inner, inner + 2 * n_groups * state_size, heads  # of z, of u, B and C together, of dt
+        self.in_proj = nn.Linear(hidden_size, sum(self._widths), bias=bias, **made)
+        self.conv1d = ShortConvolution(self._widths[1], conv_kernel, bias=conv_bias, **made)
+        self.dt_bias = nn.Parameter(torch.empty(heads, **made))
+        self.A_log = nn.Parameter(torch.empty(heads, **made))
+        self.D = nn.Parameter(torch.empty(heads, **made))
+        self.norm = _GatedNorm(inner, n_groups, norm_eps, **made)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias, **made)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """exp(A_log) uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], D one; others as in torch."""
+        for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
+            module.reset_parameters()
+        self.A_log.uniform_(1, 16).log_()
+        step = self.dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
+        self.dt_bias.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.D.fill_(1)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        """y [B, T, C], with return_state also the LayerState after the last token.
+
+        state: that of an earlier call, which x continues. cu_seqlens [N] packs sequences along T of a single row, as in
+        `ssd`, each with a state of its own.
+        """
+        conv, memory = state or (None, None)
+        wide = wide_dtype(x.dtype)
+        z, u, dt = self.in_proj(x).split(self._widths, dim=-1)
+        u, conv = self.conv1d(u, state=conv, cu_seqlens=cu_seqlens)
+        u, B, C = u.split((self._widths[0], *[self.n_groups * self.state_size] * 2), dim=-1)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)  # [B, T, H]
+        u = u.unflatten(2, (-1, self.head_dim))
+        o = ssd(
+            *(part.unflatten(2, (self.n_groups, -1)).transpose(1, 2) for part in (C, B)),
+            (u * dt[..., None]).to(u.dtype).transpose(1, 2),
+            (-self.A_log.to(wide).exp() * dt).transpose(1, 2),
+            initial_state=memory, return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
+            backend=self.backend,
+        )  # fmt: skip
+        o, memory = o if return_state else (o, None)
+        y = o.transpose(1, 2) + self.D.to(wide)[:, None] * u
+        y = self.out_proj(self.norm(y.flatten(2), z).to(x.dtype))
+        return (y, LayerState(conv, memory)) if return_state else y
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, state_size={self.state_size}, head_dim={self.head_dim}, n_groups={self.n_groups}"
+
+
+class _GatedNorm(nn.Module):
+    """weight * rms_norm(y * silu(z)), each group of channels by itself."""
+
+    def __init__(self, channels: int, groups: int, eps: float, **made: Any) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(channels, **made))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y, z, weight = widen(y, z, self.weight)
+        y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2) * weight
 
 
 def supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:
