@@ -49,14 +49,15 @@ def sliding_window_attention_reference(
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     key_starts: Tensor | None,
+    query_offset: Tensor | None,
 ) -> Tensor:
     """The equation with the whole score matrix in memory, each key head repeated for its group of query heads."""
     group = q.shape[1] // k.shape[1]
-    mask = Mask.of(q, k, causal, None, key_lengths, cu_seqlens, key_starts, None)
+    mask = Mask.of(q, k, causal, None, key_lengths, cu_seqlens, key_starts, query_offset)
     q, k, v = mask.blank_padding(q, k, v)
-    i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+    i = torch.arange(q.shape[2], device=q.device)[:, None] + mask.offset
     j = torch.arange(k.shape[2], device=q.device)
-    sees = in_window(i - j, window, causal, _per_head(dilation, q.device))  # [1 or Hkv, T, S]
+    sees = in_window(i - j, window, causal, _per_head(dilation, q.device))  # [1 or B, 1 or Hkv, T, S]
     sees = sees | _is_sink(mask, k.shape[2], sink_tokens, cu_seqlens)[:, None, None, :]
     if global_tokens is not None:
         is_global = mask.exists(k.shape[2]) & _as_flags(global_tokens, k.shape[2])
@@ -84,14 +85,15 @@ def attend_in_parts(
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
     key_starts: Tensor | None,
+    query_offset: Tensor | None,
 ) -> Tensor:
     """The band by `attend`, joined with the columns that every query sees; the rows of global tokens put over it.
 
     attend takes the arguments of `softmax_attention_torch`, where a window without causal reaches to both sides.
     """
-    band = _Band(attend, causal, window, scale, key_lengths, cu_seqlens, key_starts)
+    band = _Band(attend, causal, window, scale, key_lengths, cu_seqlens, key_starts, query_offset)
     length = k.shape[2]
-    mask = Mask.of(q, k, causal, None, key_lengths, cu_seqlens, key_starts, None)
+    mask = Mask.of(q, k, causal, None, key_lengths, cu_seqlens, key_starts, query_offset)
     shown = _is_sink(mask, length, sink_tokens, cu_seqlens) & mask.exists(length)
     n_shown = sink_tokens * (1 if cu_seqlens is None else cu_seqlens.numel() - 1)
     if global_tokens is not None:
@@ -130,6 +132,7 @@ class _Band:
     key_lengths: Tensor | None
     cu_seqlens: Tensor | None
     key_starts: Tensor | None
+    query_offset: Tensor | None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, dilation: int | tuple[int, ...], with_lse: bool
@@ -143,7 +146,7 @@ class _Band:
         found = self.attend(
             q, k, v, causal=self.causal, window=None if dense else self.window, scale=self.scale, softcap=None,
             sinks=None, key_lengths=self.key_lengths, cu_seqlens=self.cu_seqlens, return_lse=with_lse,
-            key_starts=self.key_starts, query_offset=None,
+            key_starts=self.key_starts, query_offset=self.query_offset,
         )  # fmt: skip
         return found if with_lse else (found,)
 
@@ -284,6 +287,7 @@ def sliding_window_attention(
     key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     key_starts: Tensor | None = None,
+    query_offset: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention to a window of the sequence, to the first tokens and to global ones, in one softmax.
@@ -307,6 +311,7 @@ def sliding_window_attention(
     cu_seqlens [N]      int32 or int64, 0 = first <= ... <= last <= T: sequences packed along T of a single batch row,
                         each sees itself only; rows past the last entry give zeros. dilation must be 1
     key_starts [B]      int32 or int64: keys before this index of a row do not exist (left padding)
+    query_offset [B]    int32 or int64: key index of query 0 in place of S - T, for caches with room at the end
     backend             "reference", "torch", "triton" or None for the fastest that can
 
     Returns o [B, Hq, T, Dv] in q's dtype. A row that sees no key gives 0 and zero gradients. Values of keys that do not
@@ -317,7 +322,7 @@ def sliding_window_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     name = "sliding_window_attention"
-    lengths = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens, key_starts=key_starts)
+    lengths = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens, key_starts=key_starts, query_offset=query_offset)
     lengths = {argument: as_int32(name, argument, value) for argument, value in lengths.items()}
     sizes = SLIDING_WINDOW_ATTENTION.check(q=q, k=k, v=v, global_tokens=global_tokens, **lengths)
     check_tensors(name, sizes, q=q, k=k, v=v, global_tokens=global_tokens, **lengths)
@@ -326,7 +331,7 @@ def sliding_window_attention(
     dilation = _checked_dilation(dilation, sizes["Hkv"])
     if dilation != 1 and cu_seqlens is not None:
         raise ValueError(f"{name}: dilation is {dilation} with cu_seqlens, expected 1")
-    _check_square(sizes, causal, dilation, global_tokens)
+    _check_square(sizes, causal, dilation, global_tokens, query_offset)
     if global_tokens is not None:
         _check_global_tokens(sizes, global_tokens)
     return SLIDING_WINDOW_ATTENTION.run(
@@ -381,8 +386,10 @@ def _checked_dilation(dilation: Any, heads: int) -> int | tuple[int, ...]:
     return each[0] if len(set(each)) == 1 else tuple(each)
 
 
-def _check_square(sizes: dict[str, int], causal: bool, dilation: Any, global_tokens: Tensor | None) -> None:
-    """Raises where queries and keys differ in number and who is whose neighbour is not defined."""
+def _check_square(
+    sizes: dict[str, int], causal: bool, dilation: Any, global_tokens: Tensor | None, query_offset: Tensor | None
+) -> None:
+    """Raises where queries are not the keys' own and who is whose neighbour is not defined."""
     name = "sliding_window_attention"
     asked = {
         "causal=False": not causal,
@@ -390,6 +397,8 @@ def _check_square(sizes: dict[str, int], causal: bool, dilation: Any, global_tok
         "global_tokens": global_tokens is not None,
     }
     special = [what for what, given in asked.items() if given]
+    if special and query_offset is not None:
+        raise ValueError(f"{name}: query_offset is given with {special[0]}, which needs queries at their keys' places")
     if special and sizes["T"] != sizes["S"]:
         raise ValueError(f"{name}: T={sizes['T']} and S={sizes['S']} differ, but {special[0]} needs T = S")
 
@@ -445,6 +454,8 @@ _CASES = (
          ints=dict(key_lengths=(65, 0, 33), key_starts=(0, 0, 20))),
     Case("sinks, padded", _sizes(3, 2, 65, 16), dict(window=5, sink_tokens=3),
          ints=dict(key_starts=(0, 63, 30), key_lengths=(65, 65, 50))),
+    Case("sinks, a cache with room", _sizes(2, (4, 2), (5, 60), 32), dict(window=20, sink_tokens=3),
+         ints=dict(key_lengths=(45, 45), query_offset=(40, 40), key_starts=(0, 20))),
     Case("sinks, packed", _sizes(1, (4, 2), 70, 16), dict(window=5, sink_tokens=3),
          ints=dict(cu_seqlens=(0, 2, 2, 40, 64))),
     Case("both sides, packed", _sizes(1, 2, 70, 32), dict(window=4, **_SIDES), ints=dict(cu_seqlens=(0, 1, 40, 66))),
@@ -486,7 +497,7 @@ SLIDING_WINDOW_ATTENTION = register(
         summary="attention in a window, causal or symmetric, dilated, with sink and global tokens; linear in T",
         paper="https://arxiv.org/abs/2004.05150",
         shapes="q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], global_tokens [B, G]?, key_lengths [B]?, "
-        "cu_seqlens [N]?, key_starts [B]? -> o [B, Hq, T, Dv]",
+        "cu_seqlens [N]?, key_starts [B]?, query_offset [B]? -> o [B, Hq, T, Dv]",
         function=sliding_window_attention,
         reference=sliding_window_attention_reference,
         torch=sliding_window_attention_torch,
