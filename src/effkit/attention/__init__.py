@@ -1,6 +1,6 @@
 """Attention: exact, in forms whose memory and time do not grow with T x S where they need not."""
 
-from effkit.attention._recurrent import RecurrentState
+from effkit.attention._recurrent import LayerState, RecurrentState
 from effkit.attention.gla import GatedLinearAttention, gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
@@ -11,7 +11,7 @@ from effkit.attention.grouped_query import (
     similar_heads,
 )
 from effkit.attention.linear import FEATURE_MAPS, linear_attention
-from effkit.attention.mamba2 import ssd
+from effkit.attention.mamba2 import Mamba2, ssd
 from effkit.attention.retnet import default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.attention.sliding_window import SlidingWindowConfig, sliding_window_attention
@@ -23,6 +23,8 @@ __all__ = [
     "GatedLinearAttention",
     "GroupedQueryAttention",
     "KVCache",
+    "LayerState",
+    "Mamba2",
     "RecurrentState",
     "ShortConvolution",
     "SlidingWindowConfig",

@@ -14,8 +14,8 @@ softmax attention of the same size (Arora et al., arXiv 2402.18668); hybrids kee
 
 from __future__ import annotations
 
-from functools import partial
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,11 +244,10 @@ class Mamba2(nn.Module):
         u, conv = self.conv1d(u, state=conv, cu_seqlens=cu_seqlens)
         u, B, C = u.split((self._widths[0], *[self.n_groups * self.state_size] * 2), dim=-1)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)  # [B, T, H]
+        q, k = (part.unflatten(2, (self.n_groups, -1)).transpose(1, 2) for part in (C, B))
         u = u.unflatten(2, (-1, self.head_dim))
-        o = ssd(
-            *(part.unflatten(2, (self.n_groups, -1)).transpose(1, 2) for part in (C, B)),
-            (u * dt[..., None]).to(u.dtype).transpose(1, 2),
-            (-self.A_log.to(wide).exp() * dt).transpose(1, 2),
+        o: Any = ssd(
+            q, k, (dt[..., None] * u).to(u.dtype).transpose(1, 2), -(self.A_log.to(wide).exp() * dt).transpose(1, 2),
             initial_state=memory, return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
             backend=self.backend,
         )  # fmt: skip
