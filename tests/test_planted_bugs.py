@@ -49,9 +49,18 @@ class Bug:
 
 SOFTMAX, BLOCKS, MASK = (f"effkit/attention/{name}.py" for name in ("softmax", "_blocks", "_mask"))
 DYT = "effkit/norm/dyt.py"
+RECURRENT, SSD, LINEAR, RETNET = (
+    f"effkit/attention/{name}.py" for name in ("_recurrent", "mamba2", "linear", "retnet")
+)
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "dyt")
 COMMON, TILES, BACKWARD, DECODE, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 BUGS = (
+    Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
+    Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
+    Bug("state not decayed", RECURRENT, "new + factor * state", "new + state", ("several chunks",), "ssd"),
+    Bug("key decayed twice", SSD, "(c[..., -1:] - c)", "(c[..., -1:] - c + c[..., :1])", ("several chunks",), "ssd"),
+    Bug("eps forgotten", LINEAR, "(o[..., width:] + eps)", "o[..., width:]", ("relu",), "linear_attention"),
+    Bug("decay of another", RETNET, "decay[None, :, None]", "decay.flip(0)[None, :, None]", ("primes",), "retention"),
     Bug("window loses a key", MASK, "offset - self.window + 1", "offset - self.window + 2", ("window, blocks",)),
     Bug("last key out of range", MASK, "row_end + self.offset if", "row_end + self.offset - 1 if", ("softcap",)),
     Bug("diagonal not masked", MASK, "key_end - 1 > row + self", "key_end > row_end + self", ("softcap",)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from effkit.attention import _recurrent
 from effkit.attention._recurrent import map_state
 from effkit.ops import INTERPRET, Case, Op, load_ops
 from effkit.testing import assert_equivalent, make_inputs
@@ -70,6 +71,31 @@ def test_split_and_resume_equals_one_call(op: Op, backend: str, cuts: tuple[int,
     """Outputs, the final state and all gradients, which flow through the state."""
     has(op, backend)
     assert_equivalent(in_pieces(op, backend, *cuts), at_once(op), inputs_of(op, 40))
+
+
+@every_op
+@every_backend
+@pytest.mark.parametrize("few", ["qk", "kv", "v"])
+def test_grouped_heads_are_repeated_heads(op: Op, backend: str, few: str) -> None:
+    """Head h of 4 reads head h // 2 of a tensor with 2."""
+    has(op, backend)
+    sizes = {axis: 4 for shape in op.signature.inputs for axis in shape.axes} | dict(B=1, R=1, T=20, K=16, V=16, L=9)
+    sizes |= {f"H{name}": 2 for name in few}
+    inputs = make_inputs(op, Case(f"few {few}", sizes), torch.float32)
+    inputs = {name: x for name, x in inputs.items() if name not in ("cu_seqlens", "decay", "key_lengths")}
+
+    def repeated(**inputs: Tensor) -> Any:
+        full = {name: torch.stack((x, x), 2).flatten(1, 2) if name in few else x for name, x in inputs.items()}
+        return run(op, "reference", full, return_state=True)
+
+    assert_equivalent(lambda **inputs: run(op, backend, inputs, return_state=True), repeated, inputs)
+
+
+@every_op
+def test_spans_continue_each_other(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long inputs are worked on in spans of chunks: here of one chunk each."""
+    monkeypatch.setattr(_recurrent, "_SPAN_PAIRS", 1)
+    assert_equivalent(lambda **inputs: run(op, "torch", inputs, return_state=True), at_once(op), inputs_of(op, 40))
 
 
 @every_op
