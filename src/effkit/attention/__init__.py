@@ -1,6 +1,7 @@
 """Attention: exact, in forms whose memory and time do not grow with T x S where they need not."""
 
 from effkit.attention._recurrent import LayerState, RecurrentState
+from effkit.attention.deltanet import delta_rule, gated_delta_rule
 from effkit.attention.gla import GatedLinearAttention, gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
@@ -16,6 +17,7 @@ from effkit.attention.retnet import default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.attention.sliding_window import SlidingWindowConfig, sliding_window_attention
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
+from effkit.attention.window_caches import RollingKVCache, SinkKVCache
 
 __all__ = [
     "FEATURE_MAPS",
@@ -26,10 +28,14 @@ __all__ = [
     "LayerState",
     "Mamba2",
     "RecurrentState",
+    "RollingKVCache",
     "ShortConvolution",
+    "SinkKVCache",
     "SlidingWindowConfig",
     "SoftmaxAttentionConfig",
     "default_decay",
+    "delta_rule",
+    "gated_delta_rule",
     "gated_linear_attention",
     "linear_attention",
     "mha_to_gqa",

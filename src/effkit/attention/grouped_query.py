@@ -11,12 +11,14 @@ unpooled model as it is, and can make the pooled one a better start; measure it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from effkit.attention.sliding_window import sliding_window_attention
 from effkit.attention.softmax import softmax_attention
 from effkit.change import ChangeConfig
 
@@ -80,7 +82,13 @@ def rotary_embedding(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far: [B, Hkv, S, D] each, or None before the first."""
+    """Keys and values of the tokens so far: [B, Hkv, S, D] each, or None before the first.
+
+    window and sink_tokens: what a cache that forgets still holds, for layers of the same; None and 0 where all is kept.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -95,13 +103,25 @@ class KVCache:
         self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
         return self.key, self.value
 
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends new tokens and returns their queries with all keys and values, rotated for their positions.
+
+        rotate(x, positions [T]) turns queries or keys [B, H, T, D].
+        """
+        positions = torch.arange(len(self), len(self) + q.shape[2], device=q.device)
+        key, value = self.append(rotate(k, positions), v)
+        return rotate(q, positions), key, value
+
 
 class GroupedQueryAttention(nn.Module):
     """Projections, optional rotary embedding, grouped-query attention and output projection.
 
     hidden_size C; num_heads Hq query heads and num_kv_heads Hkv key/value heads of width head_dim (default C / Hq);
     bias for all four projections; rope_theta: base of the rotary embedding, None for none; causal and window as in
-    `softmax_attention`; backend likewise. x [B, T, C] -> y [B, T, C].
+    `softmax_attention`, sink_tokens (beside a window) as in `sliding_window_attention`; backend likewise.
+    x [B, T, C] -> y [B, T, C].
     """
 
     def __init__(
@@ -115,6 +135,7 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: float | None = 10000.0,
         causal: bool = True,
         window: int | None = None,
+        sink_tokens: int = 0,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -132,7 +153,10 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(
                 f"head_dim is {self.head_dim}, a rotary embedding needs an even width (or rope_theta=None)"
             )
-        self.rope_theta, self.causal, self.window, self.backend = rope_theta, causal, window, backend
+        if sink_tokens and (window is None or not causal):
+            raise ValueError(f"sink_tokens is {sink_tokens}, which needs a window and causal=True")
+        self.rope_theta, self.causal, self.backend = rope_theta, causal, backend
+        self.window, self.sink_tokens = window, sink_tokens
         made = dict(bias=bias, device=device, dtype=dtype)
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, **made)  # type: ignore[arg-type]
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, **made)  # type: ignore[arg-type]
@@ -154,25 +178,34 @@ class GroupedQueryAttention(nn.Module):
         """
         if cache is not None and (key_lengths is not None or cu_seqlens is not None):
             raise ValueError("cache is given together with key_lengths or cu_seqlens, expected at most one of them")
+        if cache is not None and cache.window is not None:
+            held, seen = (cache.window, cache.sink_tokens), (self.window, self.sink_tokens)
+            if held != seen:
+                raise ValueError(f"cache holds (window, sink_tokens) = {held}, expected the layer's {seen}")
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            positions = self._positions(x, cache, cu_seqlens)
-            q, k = (rotary_embedding(part, positions, self.rope_theta) for part in (q, k))
         if cache is not None:
-            k, v = cache.append(k, v)
-        o = softmax_attention(
-            q, k, v, causal=self.causal, window=self.window, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )  # fmt: skip
-        assert isinstance(o, Tensor)
+            q, k, v = cache.extend(q, k, v, self._rotate)
+        else:
+            positions = self._positions(x, cu_seqlens)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+        o: Any
+        lengths: dict[str, Any] = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
+        if self.sink_tokens and self.window is not None:
+            o = sliding_window_attention(
+                q, k, v, window=self.window, sink_tokens=self.sink_tokens, **lengths, backend=self.backend
+            )
+        else:
+            o = softmax_attention(q, k, v, causal=self.causal, window=self.window, **lengths, backend=self.backend)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _positions(self, x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
-        start = 0 if cache is None else len(cache)
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x if self.rope_theta is None else rotary_embedding(x, positions, self.rope_theta)
+
+    def _positions(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is None:
             return positions
         sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
