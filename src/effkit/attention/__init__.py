@@ -11,9 +11,9 @@ from effkit.attention.grouped_query import (
     rotary_embedding,
     similar_heads,
 )
-from effkit.attention.linear import FEATURE_MAPS, linear_attention
+from effkit.attention.linear import FEATURE_MAPS, HedgehogFeatureMap, LinearAttention, linear_attention
 from effkit.attention.mamba2 import Mamba2, ssd
-from effkit.attention.retnet import default_decay, retention
+from effkit.attention.retnet import MultiScaleRetention, default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.attention.sliding_window import SlidingWindowConfig, sliding_window_attention
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
@@ -24,9 +24,12 @@ __all__ = [
     "GQAConfig",
     "GatedLinearAttention",
     "GroupedQueryAttention",
+    "HedgehogFeatureMap",
     "KVCache",
     "LayerState",
+    "LinearAttention",
     "Mamba2",
+    "MultiScaleRetention",
     "RecurrentState",
     "RollingKVCache",
     "ShortConvolution",

@@ -238,6 +238,16 @@ def next_position(q: Tensor, initial: Any) -> Tensor:
     return read if initial is None else initial.position + read
 
 
+def token_positions(T: int, state: RecurrentState | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """The place of each token in its sequence, [T] or [B, T] int64: what a rotary embedding turns by."""
+    token = torch.arange(T, device=device)
+    if cu_seqlens is None:
+        return token if state is None else state.position[:, None] + token
+    bounds = cu_seqlens.long()
+    sequence = (torch.searchsorted(bounds, token, right=True) - 1).clamp_max(len(bounds) - 2)
+    return token - bounds[sequence] + (0 if state is None else state.position[sequence])
+
+
 def widen(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype of sums: float32, or float64 where they are float64."""
     return tuple(None if x is None else x.to(wide_dtype(x.dtype)) for x in tensors)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention._blocks import wide_dtype
@@ -31,8 +31,10 @@ from effkit.attention._recurrent import (
     expand_heads,
     next_position,
     run,
+    token_positions,
     widen,
 )
+from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import first_memory, flops, sizes, ssd_torch, supports, traffic
 from effkit.ops import Case, Op, register
 
@@ -251,6 +253,125 @@ def _check(
         raise ValueError(f"{name}: initial_state is a tensor, with normalize=True a RecurrentState with a normalizer")
     if normalize and initial_state is not None and initial_state.normalizer is None:
         raise ValueError(f"{name}: initial_state has no normalizer, it comes from a call with normalize=False")
+
+
+class HedgehogFeatureMap(nn.Module):
+    """A feature map that is learned: [softmax(W x), softmax(-W x)] with a W for each head (arXiv 2402.04347).
+
+    x [B, H, T, D] -> [B, H, T, 2 D]. weight [H, D, D] starts from the identity: then this is "signed softmax". Trained
+    to copy the weights of softmax attention it comes closer to them than a fixed map.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.zero_().diagonal(dim1=1, dim2=2).fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return features(x @ self.weight.mT, "signed softmax")
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.weight.shape[0]}, head_dim={self.weight.shape[1]}"
+
+
+class LinearAttention(nn.Module):
+    """Projections, feature maps and linear attention: x [B, T, C] -> y [B, T, C] (arXiv 2006.16236).
+
+    hidden_size       C
+    num_heads         H query heads, num_kv_heads (default H) key/value heads, each of width head_dim (default C / H)
+    feature_map       as in `linear_attention`, or "hedgehog": a `HedgehogFeatureMap` each for queries and keys, q_map
+                      and k_map; a function or module takes both queries and keys
+    bias              of all four projections
+    rope_theta        base of a rotary embedding in front of the feature map, None for none
+    normalize, causal, chunk_size, backend    as in `linear_attention`
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        feature_map: str | Callable[[Tensor], Tensor] = "elu+1",
+        normalize: bool = True,
+        causal: bool = True,
+        bias: bool = False,
+        rope_theta: float | None = None,
+        chunk_size: int = 64,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"LinearAttention: num_kv_heads is {kv_heads}, expected a divisor of {num_heads=}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(
+                f"LinearAttention: hidden_size is {hidden_size}, expected a multiple of {num_heads=} or a head_dim"
+            )
+        self.head_dim = head_dim or hidden_size // num_heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(
+                f"LinearAttention: head_dim is {self.head_dim}, a rotary embedding needs an even width "
+                "(or rope_theta=None)"
+            )
+        check_chunk_size("LinearAttention", chunk_size)
+        learned = feature_map == "hedgehog"
+        if not learned:
+            _check(causal, normalize, None, False, None, None, feature_map)
+        self.feature_map = "identity" if learned else feature_map
+        self.normalize, self.causal, self.rope_theta = normalize, causal, rope_theta
+        self.chunk_size, self.backend = chunk_size, backend
+        made: Any = dict(device=device, dtype=dtype)
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias, **made)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias, **made)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias, **made)
+        self.q_map = HedgehogFeatureMap(num_heads, self.head_dim, **made) if learned else nn.Identity()
+        self.k_map = HedgehogFeatureMap(kv_heads, self.head_dim, **made) if learned else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, RecurrentState]:
+        """y, or (y, state) with return_state; the options as in `linear_attention`."""
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope_theta is not None:
+            positions = token_positions(x.shape[1], state, cu_seqlens, x.device)
+            q, k = (rotary_embedding(part, positions, self.rope_theta) for part in (q, k))
+        result = linear_attention(
+            self.q_map(q), self.k_map(k), v, feature_map=self.feature_map, normalize=self.normalize,
+            causal=self.causal, key_lengths=key_lengths, initial_state=state, return_state=return_state,
+            cu_seqlens=cu_seqlens, chunk_size=self.chunk_size, backend=self.backend,
+        )  # fmt: skip
+        o, *last = result if isinstance(result, tuple) else (result,)
+        y = self.o_proj(o.transpose(1, 2).flatten(2))
+        return (y, *last) if return_state else y
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, H D] -> [B, H, T, D], a view."""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, normalize={self.normalize}, causal={self.causal}"
 
 
 _STATE = dict(return_state=True)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effkit.attention._recurrent import (
     RecurrentState,
@@ -27,8 +28,10 @@ from effkit.attention._recurrent import (
     expand_heads,
     next_position,
     run,
+    token_positions,
     widen,
 )
+from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import BENCH, first_memory, flops, sizes, ssd_torch, supports, traffic
 from effkit.ops import Case, Op, register
 
@@ -117,6 +120,82 @@ def retention(
         decay=decay, scale=check_scale("retention", scale, q.shape[3] ** -0.5 if q.shape[3] else 1.0),
         chunk_size=chunk_size,
     )  # fmt: skip
+
+
+class MultiScaleRetention(nn.Module):
+    """The layer of RetNet (arXiv 2307.08621, equation 8): x [B, T, C] -> y [B, T, C].
+
+        y = o_proj(silu(g_proj(x)) * g_norm(retention(rotate(q), rotate(k), v)))        g_norm over each head's values
+
+    hidden_size       C
+    num_heads         H, with decays 1 - 2 ** (-5 - h)
+    expand_k          K = expand_k * C / H, the width of a head's queries and keys
+    expand_v          V = expand_v * C / H, the width of a head's values
+    rope_theta        base of the rotary embedding
+    norm_eps          of the group norm
+    chunk_size, backend    as in `retention`
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        expand_k: float = 1.0,
+        expand_v: float = 2.0,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        chunk_size: int = 64,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        keys, values = int(hidden_size * expand_k), int(hidden_size * expand_v)
+        for name, width, unit in (("expand_k", keys, 2 * num_heads), ("expand_v", values, num_heads)):
+            if width < 1 or width % unit:
+                raise ValueError(
+                    f"MultiScaleRetention: {name} * hidden_size is {width}, expected a multiple of {unit} "
+                    f"(num_heads={num_heads}; queries and keys are rotated in pairs)"
+                )
+        check_chunk_size("MultiScaleRetention", chunk_size)
+        self.num_heads, self.rope_theta, self.chunk_size, self.backend = num_heads, rope_theta, chunk_size, backend
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+        self.q_proj, self.k_proj = linear(hidden_size, keys), linear(hidden_size, keys)
+        self.v_proj, self.g_proj = linear(hidden_size, values), linear(hidden_size, values)
+        self.g_norm = nn.GroupNorm(num_heads, values, eps=norm_eps, device=device, dtype=dtype)
+        self.o_proj = linear(values, hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: RecurrentState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, RecurrentState]:
+        """y, or (y, state) with return_state; state and cu_seqlens as in `retention`."""
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        positions = token_positions(x.shape[1], state, cu_seqlens, x.device)
+        q, k = (rotary_embedding(part, positions, self.rope_theta) for part in (q, k))
+        result = retention(
+            q, k, v, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
+            backend=self.backend,
+        )  # fmt: skip
+        o, *last = result if isinstance(result, tuple) else (result,)
+        rows = o.transpose(1, 2).flatten(2).flatten(0, 1)  # a group is one head of one token
+        y = self.o_proj(F.silu(self.g_proj(x)) * self.g_norm(rows).view(*x.shape[:2], -1))
+        return (y, *last) if return_state else y
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, H D] -> [B, H, T, D], a view."""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, rope_theta={self.rope_theta}"
 
 
 _STATE = dict(return_state=True)
