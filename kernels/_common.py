@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -56,6 +57,16 @@ def tanh(x):
     y = x * x
     near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(y < 0.0625, near, tl.where(x < 0, -far, far))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with adjacent elements along the head width: a tile's load is slow without. Other strides stay as they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one (keys that are the values) as a view: torch.compile refuses to pass it twice."""
+    return [x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
 
 
 class Tile(NamedTuple):

@@ -256,11 +256,6 @@ def blocks(length: int, block: int, batch: int, cu_seqlens: Tensor | None) -> di
     return {"n_blocks": slots.numel(), "n_sequences": n, "sequence_ptr": sequence}
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """x with adjacent elements along the head width: a tile's load is slow without. Other strides stay as they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def pick(table: TileTable, q: Tensor, v: Tensor, interpreted: Tile) -> Tile:
     """The tile for this device, element size and head width, the next of 64, 128 and 256."""
     if INTERPRET:

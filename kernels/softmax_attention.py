@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effkit.kernels import softmax_backward as backward
 from effkit.kernels import softmax_decode as decode
-from effkit.kernels._common import INTERPRET, LN2, LOG2E, AotSpec, Tile, TileTable
+from effkit.kernels._common import INTERPRET, LN2, LOG2E, AotSpec, Tile, TileTable, distinct, unit_stride
 from effkit.kernels._softmax_tiles import (
     LENGTHS,
     Mask,
@@ -24,7 +24,6 @@ from effkit.kernels._softmax_tiles import (
     pick,
     segment,
     store_tile,
-    unit_stride,
     unit_vector,
     widths,
 )
@@ -237,11 +236,6 @@ def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor 
     return -torch.where(lse > float("-inf"), probability * delta, 0.0).sum((0, 2)).to(sinks.dtype)
 
 
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, a repeated one (keys that are the values) as a view: torch.compile refuses to pass it twice."""
-    return [x.view_as(x) if x is not None and any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
-
-
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -259,7 +253,7 @@ def softmax_attention(
     query_offset: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The kernels behind effkit.attention.softmax_attention, which documents and has checked the arguments."""
-    tensors = _distinct(q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens)
+    tensors = distinct(q, k, v, sinks, key_starts, key_lengths, query_offset, cu_seqlens)
     o, lse = _SoftmaxAttention.apply(*tensors, causal, window, scale, softcap)
     return (o, lse * LN2.value) if return_lse else o
 

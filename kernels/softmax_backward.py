@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkit.kernels._common import LOG2E, Tile, TileTable, cast, dot
+from effkit.kernels._common import LOG2E, Tile, TileTable, cast, dot, unit_stride
 from effkit.kernels._softmax_tiles import (
     LENGTHS,
     Mask,
@@ -25,7 +25,6 @@ from effkit.kernels._softmax_tiles import (
     store_tile,
     three_parts,
     through_softcap,
-    unit_stride,
     unit_vector,
     widths,
 )

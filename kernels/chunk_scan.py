@@ -1,0 +1,588 @@
+"""The scalar-gated recurrence in chunks: memories between chunks, outputs and gradients within them, and decoding.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * q_t S_t
+
+Within a chunk of C tokens, c the sums of g from its start and S the memory before it:
+
+    o_i = scale * (exp(c_i) q_i S + sum_{j <= i} exp(c_i - c_j) (q_i k_j) v_j)
+    S_next = exp(c_last) S + sum_j exp(c_last - c_j) k_j v_j^T
+
+The gradient G of a memory runs backwards in the same form,
+
+    G_before = exp(c_last) G + scale * sum_i exp(c_i) q_i do_i^T
+
+and dq, dk and dv are each a product within the chunk plus one with S or G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effkit.attention._recurrent import RecurrentState, next_position
+from effkit.kernels._chunk_tiles import (
+    LENGTHS,
+    ChunkTable,
+    Tile,
+    across,
+    chunk_decay,
+    chunk_rows,
+    from_start,
+    load_block,
+    pick,
+    row_products,
+    store_block,
+    summary,
+    through_memory,
+    to_end,
+    weighted,
+)
+from effkit.kernels._common import INTERPRET, cast, distinct, dot, multiprocessors, unit_stride
+
+
+@triton.jit
+def _locate(
+    segments, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Which batch row and head, segment of chunks and tile of the memory this program owns: (b, h, segment, k, v)."""
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    tiles = tl.cdiv(K, BLOCK_K) * tiles_v
+    tile = tl.program_id(0) % tiles
+    segment = tl.program_id(0) // tiles % segments
+    bh = (tl.program_id(0) // tiles // segments).to(tl.int64)
+    return bh // H, bh % H, segment, tile // tiles_v * BLOCK_K, tile % tiles_v * BLOCK_V
+
+
+@triton.jit
+def _advance(
+    memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Take a tile of the memory past chunk n; in reverse its gradient, from behind the chunk to before it."""
+    start = tl.cast(n, tl.int64) * C
+    a = load_block(a_ptr + start * stride_at + k, stride_at, 1, T - start, K - k, C, BLOCK_K)
+    b = load_block(b_ptr + start * stride_bt + v, stride_bt, 1, T - start, V - v, C, BLOCK_V)
+    if c_ptr is None:
+        memory += scale * summary(a, b, None)
+    else:
+        chunk_ptr = c_ptr + 2 * start
+        if REVERSE:
+            weight = from_start(chunk_ptr, C)
+        else:
+            weight = to_end(chunk_ptr, C)
+        memory = across(chunk_ptr, C) * memory + scale * summary(a, b, weight)
+    return memory
+
+
+# One program owns a tile of one head's memory and one segment of chunks: it reads their keys and values (in reverse:
+# queries and cotangents) and writes what the segment adds to the memory, and by how much it lets an earlier one decay.
+@triton.jit(do_not_specialize=LENGTHS)
+def _chunk_segments(
+    a_ptr, b_ptr, c_ptr, ends_ptr, factors_ptr,
+    stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
+    T, N, H, a_group, b_group, segments, length, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, segment, k, v = _locate(segments, H, K, V, BLOCK_K, BLOCK_V)
+    a_ptr += b * stride_ab + h // a_group * stride_ah
+    b_ptr += b * stride_bb + h // b_group * stride_bh
+    if c_ptr is not None:
+        c_ptr += (b * H + h) * N * 2 * C
+    memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    factor = 1.0
+    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+        n = m
+        if REVERSE:
+            n = N - 1 - m
+        memory = _advance(
+            memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale, K, V, C, BLOCK_K, BLOCK_V, REVERSE
+        )
+        if c_ptr is not None:
+            factor *= across(c_ptr + tl.cast(n, tl.int64) * 2 * C, C)
+    at = (b * H + h) * segments + segment
+    store_block(ends_ptr + at * K * V + k * V + v, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+    if factors_ptr is not None:
+        tl.store(factors_ptr + at, factor, mask=k + v == 0)
+
+
+# One program owns a tile of one head's memory and one segment of chunks. It adds up what the segments before its own
+# left behind, then goes from chunk to chunk, and writes the memory before each (in reverse: the gradient of the memory
+# behind each); the last segment also writes what is left in the end. The tile is square, as a product reads
+# BLOCK_K + BLOCK_V columns, and as large as leaves the accumulator in registers.
+@triton.jit(do_not_specialize=LENGTHS)
+def _chunk_memories(
+    a_ptr, b_ptr, c_ptr, first_ptr, ends_ptr, factors_ptr, memories_ptr, last_ptr,
+    stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
+    T, N, H, a_group, b_group, segments, length, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, segment, k, v = _locate(segments, H, K, V, BLOCK_K, BLOCK_V)
+    bh = b * H + h
+    a_ptr += b * stride_ab + h // a_group * stride_ah
+    b_ptr += b * stride_bb + h // b_group * stride_bh
+    tile = k * V + v
+    memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if first_ptr is not None:
+        memory = load_block(first_ptr + bh * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+    if ends_ptr is not None:
+        for earlier in range(0, segment):
+            at = bh * segments + earlier
+            if factors_ptr is not None:
+                memory *= tl.load(factors_ptr + at)
+            memory += load_block(ends_ptr + at * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+    if c_ptr is not None:
+        c_ptr += bh * N * 2 * C
+    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+        n = m
+        if REVERSE:
+            n = N - 1 - m
+        store_block(memories_ptr + (bh * N + n) * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+        memory = _advance(
+            memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale, K, V, C, BLOCK_K, BLOCK_V, REVERSE
+        )
+    if segment == segments - 1:
+        store_block(last_ptr + bh * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+
+
+# One program owns a chunk of one head and BLOCK_V of its outputs. The C x C scores are made once for each such tile, so
+# BLOCK_V is as wide as the registers allow.
+@triton.jit(do_not_specialize=LENGTHS)
+def _chunk_output(
+    q_ptr, k_ptr, v_ptr, c_ptr, memories_ptr, o_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot,
+    T, N, H, q_group, k_group, v_group, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, n, _, v = _locate(N, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
+    at = (b * H + h) * N + n
+    start = tl.cast(n, tl.int64) * C
+    n_rows = T - start
+    q_ptr += b * stride_qb + h // q_group * stride_qh + start * stride_qt
+    k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
+    v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt + v
+    o_ptr += b * stride_ob + h * stride_oh + start * stride_ot + v
+    o = through_memory(q_ptr, stride_qt, n_rows, memories_ptr + at * K * V + v, V, 1, V - v, K, C, BLOCK_K, BLOCK_V)
+    if c_ptr is not None:
+        c_ptr += at * 2 * C
+        o *= from_start(c_ptr, C)[:, None]
+    scores = row_products(q_ptr, k_ptr, stride_qt, stride_kt, n_rows, K, C, BLOCK_K)
+    values = load_block(v_ptr, stride_vt, 1, n_rows, V - v, C, BLOCK_V)
+    o = dot(cast(weighted(scores, c_ptr, C, KEYS_FIRST=False), values.dtype), values, o)
+    store_block(o_ptr, stride_ot, n_rows, V - v, scale * o, C, BLOCK_V)
+
+
+@triton.jit
+def _overlap(x_ptr, y_ptr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The sum of the products of two memories, element by element."""
+    products = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        for v in range(0, V, BLOCK_V):
+            x = load_block(x_ptr + k * V + v, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            y = load_block(y_ptr + k * V + v, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            products += x.to(tl.float32) * y.to(tl.float32)
+    return tl.sum(products)
+
+
+# One program owns a chunk of one head: it reads the chunk with its cotangents, the memory before it and the gradient of
+# the memory behind it, and writes dq, dk, dv and dg, one after the other, so that one accumulator is alive at a time.
+# Where a product is needed transposed it is made again from its operands.
+#
+# The gates need no products of their own. A factor exp(c_i) sits on q_i and exp(-c_j) on k_j, so what a gate at t adds
+# to all pairs j < t <= i is the sum over i >= t of (row sum - column sum) of pairs * their gradients, without the
+# diagonal, which no gate touches; likewise it decays what queries i >= t read of the memory before the chunk, what keys
+# j < t add to the memory behind it, and the one memory within the other.
+@triton.jit(do_not_specialize=LENGTHS)
+def _chunk_gradients(
+    q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memories_ptr, dmemories_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt, stride_dkb, stride_dkh, stride_dkt,
+    stride_dvb, stride_dvh, stride_dvt,
+    T, N, H, q_group, k_group, v_group, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, n, _, _ = _locate(N, H, BLOCK_K, BLOCK_V, BLOCK_K, BLOCK_V)
+    at = (b * H + h) * N + n
+    start = tl.cast(n, tl.int64) * C
+    n_rows = T - start
+    q_ptr += b * stride_qb + h // q_group * stride_qh + start * stride_qt
+    k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
+    v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt
+    do_ptr += b * stride_dob + h * stride_doh + start * stride_dot
+    dq_ptr += b * stride_dqb + h * stride_dqh + start * stride_dqt
+    dk_ptr += b * stride_dkb + h * stride_dkh + start * stride_dkt
+    dv_ptr += b * stride_dvb + h * stride_dvh + start * stride_dvt
+    memories_ptr += at * K * V
+    dmemories_ptr += at * K * V
+    from_memory = tl.full([C], 1.0, tl.float32)
+    into_memory = tl.full([C], 1.0, tl.float32)
+    if c_ptr is not None:
+        c_ptr += at * 2 * C
+        from_memory = from_start(c_ptr, C)
+        into_memory = to_end(c_ptr, C)
+    dtype: tl.constexpr = do_ptr.dtype.element_ty
+
+    pairs = row_products(k_ptr, q_ptr, stride_kt, stride_qt, n_rows, K, C, BLOCK_K)  # [keys, queries]
+    pairs = scale * weighted(pairs, c_ptr, C, KEYS_FIRST=True)
+    for v in range(0, V, BLOCK_V):
+        dv = through_memory(
+            k_ptr, stride_kt, n_rows, dmemories_ptr + v, V, 1, V - v, K, C, BLOCK_K, BLOCK_V
+        ) * into_memory[:, None]  # fmt: skip
+        do = load_block(do_ptr + v, stride_dot, 1, n_rows, V - v, C, BLOCK_V)
+        dv = dot(cast(pairs, dtype), do, dv)
+        store_block(dv_ptr + v, stride_dvt, n_rows, V - v, dv, C, BLOCK_V)
+
+    dpairs = row_products(do_ptr, v_ptr, stride_dot, stride_vt, n_rows, V, C, BLOCK_V)  # [queries, keys]
+    dpairs = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=False), dtype)
+    read = tl.zeros([C], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        dq = through_memory(
+            do_ptr, stride_dot, n_rows, memories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
+        ) * (scale * from_memory)[:, None]  # fmt: skip
+        q = load_block(q_ptr + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K)
+        read += tl.sum(q.to(tl.float32) * dq, 1)
+        dq = dot(dpairs, load_block(k_ptr + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K), dq)
+        store_block(dq_ptr + k, stride_dqt, n_rows, K - k, dq, C, BLOCK_K)
+
+    dpairs = row_products(v_ptr, do_ptr, stride_vt, stride_dot, n_rows, V, C, BLOCK_V)  # [keys, queries]
+    weights = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=True), dtype)
+    written = tl.zeros([C], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        dk = through_memory(
+            v_ptr, stride_vt, n_rows, dmemories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
+        ) * into_memory[:, None]  # fmt: skip
+        keys = load_block(k_ptr + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
+        written += tl.sum(keys.to(tl.float32) * dk, 1)
+        dk = dot(weights, load_block(q_ptr + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K), dk)
+        store_block(dk_ptr + k, stride_dkt, n_rows, K - k, dk, C, BLOCK_K)
+
+    if c_ptr is not None:
+        i = tl.arange(0, C)
+        both = tl.where(i[:, None] < i[None, :], pairs * dpairs, 0.0)  # [keys, queries]
+        dg = tl.cumsum(read + tl.sum(both, 0) - tl.sum(both, 1), 0, reverse=True) + tl.cumsum(written, 0) - written
+        dg += across(c_ptr, C) * _overlap(memories_ptr, dmemories_ptr, K, V, BLOCK_K, BLOCK_V)
+        tl.store(dg_ptr + (b * H + h) * T + start + i, dg, mask=i < n_rows)
+
+
+# One program owns BLOCK_V columns of one head's memory: it reads them once, takes the tokens one by one, and writes
+# them once. All keys of a column are in the program, so that an output needs no other; the tile fills its registers.
+@triton.jit(do_not_specialize=LENGTHS)
+def _recurrence(
+    q_ptr, k_ptr, v_ptr, g_ptr, first_ptr, o_ptr, last_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
+    T, H, q_group, k_group, v_group, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, _, _, v = _locate(1, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
+    at = (b * H + h) * K * V + v
+    rows = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_V)
+    q_ptr += b * stride_qb + h // q_group * stride_qh + rows
+    k_ptr += b * stride_kb + h // k_group * stride_kh + rows
+    v_ptr += b * stride_vb + h // v_group * stride_vh + v + columns
+    o_ptr += b * stride_ob + h * stride_oh + v + columns
+    memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if first_ptr is not None:
+        memory = load_block(first_ptr + at, V, 1, K, V - v, BLOCK_K, BLOCK_V)
+    for t in range(T):
+        if g_ptr is not None:
+            memory *= tl.exp(tl.load(g_ptr + b * stride_gb + h * stride_gh + t * stride_gt).to(tl.float32))
+        q = tl.load(q_ptr + t * stride_qt, mask=rows < K, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + t * stride_kt, mask=rows < K, other=0.0).to(tl.float32)
+        values = tl.load(v_ptr + t * stride_vt, mask=columns < V - v, other=0.0).to(tl.float32)
+        memory += k[:, None] * values[None, :]
+        o = scale * tl.sum(q[:, None] * memory, 0)
+        tl.store(o_ptr + t * stride_ot, cast(o, o_ptr.dtype.element_ty), mask=columns < V - v)
+    store_block(last_ptr + at, V, K, V - v, memory, BLOCK_K, BLOCK_V)
+
+
+# Fewer tokens than this are taken one by one: a chunk of them would be mostly padding.
+SHORT = 16
+_COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
+
+MEMORIES: ChunkTable = {
+    (arch, width, size): Tile(64, 64, 4, 2) if size == 2 else Tile(32, 32, 4, 1)
+    for arch in (80, 90, 100)
+    for width in (64, 128, 256)
+    for size in (2, 4)
+}
+OUTPUT: ChunkTable = dict(MEMORIES)
+GRADIENTS: ChunkTable = dict(MEMORIES)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of batch, heads and tokens, one tensor after the other."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _empty_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """o [B, H, T, V] laid out as [B, T, H, V], so that joining the heads costs no copy later."""
+    heads = max(q.shape[1], k.shape[1], v.shape[1])
+    return v.new_empty(v.shape[0], v.shape[2], heads, v.shape[3]).transpose(1, 2)
+
+
+def _empty_memory(q: Tensor, v: Tensor, heads: int, *chunks: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[B, H, *chunks, K, V]."""
+    return q.new_empty(q.shape[0], heads, *chunks, q.shape[3], v.shape[3], dtype=dtype)
+
+
+def _n_chunks(T: int, chunk_size: int) -> int:
+    """Of those whose memories the forward pass leaves for the backward pass."""
+    return 0 if T < SHORT else triton.cdiv(T, chunk_rows(T, chunk_size))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    o, memories, last = _fake_forward(q, k, v, g, first, scale, chunk_size)
+    first = None if first is None else first.float().contiguous()
+    if not o.numel():
+        return o, memories, last.zero_() if first is None else last.copy_(first)
+    if q.shape[2] < SHORT:
+        _recur(q, k, v, g, first, o, last, scale)
+        return o, memories, last
+    C = chunk_rows(q.shape[2], chunk_size)
+    c = None if g is None else chunk_decay(g, C)
+    _scan(k, v, c, first, memories, last, 1.0, C, reverse=False)
+    tile = pick(OUTPUT, q, v)
+    B, H, T, V = o.shape
+    N = memories.shape[2]
+    with torch.cuda.device_of(q):
+        _chunk_output[B * H * N * triton.cdiv(V, tile.BLOCK_V),](
+            q, k, v, c, memories, o, *_strides(q, k, v, o), T, N, H, *_groups(H, q, k, v), scale,
+            K=q.shape[3], V=V, C=C, **tile._asdict(),
+        )  # fmt: skip
+    return o, memories, last
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = _empty_output(q, k, v)
+    n_chunks = _n_chunks(q.shape[2], chunk_size)
+    return o, _empty_memory(q, v, o.shape[1], n_chunks, dtype=q.dtype), _empty_memory(q, v, o.shape[1])
+
+
+def _groups(heads: int, *tensors: Tensor) -> tuple[int, ...]:
+    return tuple(heads // x.shape[1] for x in tensors)
+
+
+def _recur(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, o: Tensor, last: Tensor, scale: float
+) -> None:
+    """Fill o and last, token by token."""
+    B, H, T, V = o.shape
+    block_k = max(16, triton.next_power_of_2(q.shape[3]))
+    block_v = min(max(16, _COLUMN_ELEMENTS // block_k), max(16, triton.next_power_of_2(V)))
+    gate_strides = (0, 0, 0) if g is None else g.stride()
+    with torch.cuda.device_of(q):
+        _recurrence[B * H * triton.cdiv(V, block_v),](
+            q, k, v, g, first, o, last, *_strides(q, k, v), *gate_strides, *_strides(o),
+            T, H, *_groups(H, q, k, v), scale,
+            K=q.shape[3], V=V, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
+        )  # fmt: skip
+
+
+def _scan(
+    a: Tensor, b: Tensor, c: Tensor | None, first: Tensor | None, memories: Tensor, last: Tensor, scale: float, C: int,
+    *, reverse: bool,
+) -> None:  # fmt: skip
+    """Fill memories [B, H, N, K, V], before each chunk, and last; in reverse the gradients behind each, and before all.
+
+    Where the heads alone would leave most of the device idle, the chunks are cut into segments that run side by side:
+    one more pass over a and b finds what each leaves behind.
+    """
+    B, H, N, K, V = memories.shape
+    tile = pick(MEMORIES, a, b)
+    programs = B * H * triton.cdiv(K, tile.BLOCK_K) * triton.cdiv(V, tile.BLOCK_V)
+    length = triton.cdiv(N, _segments(N, programs, a.device))
+    segments = triton.cdiv(N, length)
+    shared = dict(
+        T=a.shape[2], N=N, H=H, a_group=H // a.shape[1], b_group=H // b.shape[1], segments=segments, length=length,
+        scale=scale, K=K, V=V, C=C, REVERSE=reverse, **tile._asdict(),
+    )  # fmt: skip
+    ends = factors = None
+    with torch.cuda.device_of(a):
+        if segments > 1:
+            ends = last.new_empty(B, H, segments, K, V)
+            factors = None if c is None else last.new_empty(B, H, segments)
+            _chunk_segments[programs * segments,](a, b, c, ends, factors, *_strides(a, b), **shared)
+        _chunk_memories[programs * segments,](
+            a, b, c, first, ends, factors, memories, last, *_strides(a, b), **shared
+        )  # fmt: skip
+
+
+def _segments(N: int, programs: int, device: torch.device) -> int:
+    """How many segments N chunks are cut into. Two would cost as much as one, since their chunks are read twice."""
+    wanted = max(1, min(multiprocessors(device) // programs, N // _LEAST_CHUNKS))
+    return wanted if wanted > 2 or INTERPRET else 1
+
+
+_LEAST_CHUNKS = 1 if INTERPRET else 4
+
+
+def _backward(
+    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None,
+    memories: Tensor, scale: float, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, do = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do)
+    dq, dk, dv, dg, dfirst = _fake_backward(do, dlast, q, k, v, g, first, memories, scale, chunk_size)
+    dlast = None if dlast is None else dlast.float().contiguous()
+    B, H, T, V = do.shape
+    if not do.numel():
+        return dq, dk, dv, dg, dfirst.zero_() if dlast is None else dfirst.copy_(dlast)
+    C = chunk_rows(T, chunk_size)
+    c = None if g is None else chunk_decay(g, C)
+    if T < SHORT:
+        memories = _empty_memory(q, v, H, 1, dtype=q.dtype)
+        memories.zero_() if first is None else memories.copy_(first[:, :, None])
+    N = memories.shape[2]
+    dmemories = torch.empty_like(memories)
+    _scan(q, do, c, dlast, dmemories, dfirst, scale, C, reverse=True)
+    each = [_for_each_head(dx, H) for dx in (dq, dk, dv)]
+    tile = pick(GRADIENTS, q, v)
+    with torch.cuda.device_of(q):
+        _chunk_gradients[B * H * N,](
+            q, k, v, do, c, memories, dmemories, *each, dg, *_strides(q, k, v, do, *each),
+            T, N, H, *_groups(H, q, k, v), scale, K=q.shape[3], V=V, C=C, **tile._asdict(),
+        )  # fmt: skip
+    for dx, heads in zip((dq, dk, dv), each, strict=True):
+        if heads is not dx:
+            dx.copy_(heads.unflatten(1, (dx.shape[1], -1)).sum(2))
+    return dq, dk, dv, dg, dfirst
+
+
+def _for_each_head(dx: Tensor, heads: int) -> Tensor:
+    """Where the gradient of each head goes: dx itself, or float32 to be summed over the heads that share one of dx."""
+    if dx.shape[1] == heads:
+        return dx
+    return dx.new_empty(dx.shape[0], heads, *dx.shape[2:], dtype=torch.float32)
+
+
+def _fake_backward(
+    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None,
+    memories: Tensor, scale: float, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(unit_stride(x)) for x in (q, k, v))
+    dg = do.new_empty(do.shape[:3] if g is not None else (0,), dtype=torch.float32)
+    return dq, dk, dv, dg, _empty_memory(q, v, do.shape[1])
+
+
+_library = torch.library.Library("effkit", "FRAGMENT")
+
+
+def _define(name: str, tensors: str, outputs: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _library.define(f"{name}({tensors}, float scale, int chunk_size) -> ({outputs})")
+    # The interpreter works on tensors in main memory; without it they have no kernel, and the dispatcher says so.
+    _library.impl(name, run, "CPU" if INTERPRET else "CUDA")
+    op = getattr(torch.ops.effkit, name).default
+    torch.library.register_fake(op, fake, lib=_library)
+    torch.library.register_vmap(op, _vmap(op), lib=_library)
+    return op
+
+
+def _vmap(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
+    """The batching rule of an operator: what is mapped joins the batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+
+        def fold(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+        outputs = run(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
+        return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0,) * len(outputs)
+
+    return rule
+
+
+_forward_op = _define(
+    "ssd_forward",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? first",
+    "Tensor o, Tensor memories, Tensor last",
+    _forward,
+    _fake_forward,
+)
+_backward_op = _define(
+    "ssd_backward",
+    "Tensor do, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? first, Tensor memories",
+    "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst",
+    _backward,
+    _fake_backward,
+)
+
+
+class _SSD(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(q, k, v, g, first, scale, chunk_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.chunk_size = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, _: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, g, first, memories = ctx.saved_tensors
+        do = torch.zeros_like(_empty_output(q, k, v)) if do is None else do
+        dq, dk, dv, dg, dfirst = _SSDBackward.apply(
+            do, dlast, q, k, v, g, first, memories, ctx.scale, ctx.chunk_size
+        )  # fmt: skip
+        dg = None if g is None else dg.to(g.dtype)
+        return dq, dk, dv, dg, None if first is None else dfirst.to(first.dtype), None, None
+
+
+class _SSDBackward(torch.autograd.Function):
+    """A function of its own, so that a second derivative is refused: the bare operator's would silently be zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None,
+        memories: Tensor, scale: float, chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return _backward_op(do, dlast, q, k, v, g, first, memories, scale, chunk_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError('the kernels of ssd have no second derivative; backend="reference" has')
+
+
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    initial_state: RecurrentState | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, RecurrentState]:
+    """The kernels behind effkit.attention.ssd, which documents and has checked the arguments; g None: no decay."""
+    first = None if initial_state is None else initial_state.memory
+    o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size)
+    return o, RecurrentState(last, next_position(q, initial_state))
