@@ -17,6 +17,7 @@ from effkit.bench import Row, short
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DENSE = "dense sdpa"  # the rival that stands for exact attention beside the linear-time ops
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PAGES = {ROOT / "README.md": lambda: render_short(load()), ROOT / "docs" / "benchmarks.md": lambda: render_full(load())}
 
@@ -49,7 +50,42 @@ def render_full(results: dict[str, list[Row]]) -> str:
         parts.append(f"## {_machine(rows[0])}\n\nRows: `benchmarks/results/{name}.jsonl`.")
         for (op, mode, dtype), group in _by(rows, "op", "mode", "dtype"):
             parts.append(f"### {op}, {mode}, {dtype}\n\n{_ceilings(group[0])}\n\n{_full_table(group)}")
+        parts += _growth(rows)
     return "\n\n".join(parts) or "No rows yet."
+
+
+def _growth(rows: list[Row]) -> list[str]:
+    """How time grows with T, for ops measured at several lengths (cases "T=..."), and where dense is overtaken."""
+    lines = []
+    for (op, dtype), group in _by([row for row in rows if row["case"].startswith("T=")], "op", "dtype"):
+        for (mode,), own in _by([row for row in group if row["to_effkit"] is None], "mode"):
+            times = {int(row["case"].removeprefix("T=")): row["median_ms"] for row in own}
+            lengths = sorted(times)
+            doubled = [f"{times[2 * T] / times[T]:.2f}x" for T in lengths if 2 * T in times]
+            dense = {
+                int(row["case"].removeprefix("T=")): row["to_effkit"]
+                for row in group
+                if row["provider"] == DENSE and row["mode"] == mode
+            }
+            cells = [op, f"{mode}, {dtype}", f"{lengths[0]} to {lengths[-1]}", ", ".join(doubled), crossing(dense)]
+            lines.append(_line(cells))
+    heads = ["op", "", "T", "time at each doubling of T", f"against {DENSE}"]
+    title = f"## How time grows with T: {_machine(rows[0])}"
+    return ["\n".join([f"{title}\n", _line(heads), _line(["---"] * len(heads)), *lines])] if lines else []
+
+
+def crossing(ratios: dict[int, float]) -> str:
+    """From which measured T on effkit is the faster, given how many times as long the other took at each T."""
+    if not ratios:
+        return "-"
+    lengths = sorted(ratios)
+    slower = [T for T in lengths if ratios[T] < 1]
+    if not slower:
+        return f"faster from T={lengths[0]} on, {ratios[lengths[-1]]:.2f}x at T={lengths[-1]}"
+    if slower[-1] == lengths[-1]:
+        return f"slower up to T={lengths[-1]}, {ratios[lengths[-1]]:.2f}x there"
+    first = lengths[lengths.index(slower[-1]) + 1]
+    return f"faster from T={first} on, {ratios[lengths[-1]]:.2f}x at T={lengths[-1]}"
 
 
 def _short_table(rows: list[Row]) -> str:

@@ -2,9 +2,10 @@
 
     python benchmarks/run.py
         verify everything, time everything, keep the rows, renew the tables
-    python benchmarks/run.py --gpu OUT
-        on a GPU, in under 8 minutes: verify all cases, measure tiles, time all ops against their rivals; results and a
-        log in the folder OUT; where the files came without their history, EFFKIT_COMMIT names the commit for the rows
+    python benchmarks/run.py --gpu OUT [OP ...]
+        on a GPU, in under 8 minutes: verify all cases, measure tiles, time the ops (default: all) against their rivals;
+        results and a log in the folder OUT; where the files came without their history, EFFKIT_COMMIT names the commit
+        for the rows. Rivals that are not installed are left out: flash-linear-attention is a pure Python wheel
 
 Each step is a process of its own with a time limit: one that hangs or takes the GPU down with it loses its own results,
 not those of the others.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from effkit import bench as timing
-from effkit.ops import load_ops
+from effkit.ops import Op, get_op, load_ops
 
 HERE = Path(__file__).resolve().parent
 EFFKIT = (sys.executable, "-m", "effkit.cli")  # run in this folder: from the root, kernels/ would hide a package
@@ -83,13 +84,13 @@ def ordinary_run(quick: bool) -> int:
     return 0
 
 
-def gpu_run(out: Path) -> int:
+def gpu_run(out: Path, names: list[str]) -> int:
     """All that a GPU is needed for, the most important first."""
     out.mkdir(parents=True, exist_ok=True)
     log = GpuRun(out)
     end = time.monotonic()
     end += LIMITS["verify"]
-    correct = verify_in_parallel(log, end)
+    correct = verify_in_parallel(log, end, names)
     end += LIMITS["tune"]
     tune = (
         sys.executable,
@@ -98,13 +99,14 @@ def gpu_run(out: Path) -> int:
         str(LIMITS["tune"] - 10),
         "--out",
         str(out / "tiles.json"),
+        *names,
     )
     log.step("tune", tune, end)
     end += LIMITS["bench"]
     bench = (*EFFKIT, "bench", "--device", "cuda", "--save")
-    ops = load_ops().values()
+    ops = chosen(names)
     quick = dict.fromkeys(name for op in ops for name in op.rivals if name not in COMPILED)
-    log.step("bench", (*bench, *against(quick)), end)
+    log.step("bench", (*bench, *names, *against(quick)), end)
     end += LIMITS["compiled"]
     for op in reversed(ops):
         if slow := [name for name in op.rivals if name in COMPILED]:
@@ -114,12 +116,17 @@ def gpu_run(out: Path) -> int:
     return 0 if correct else 1
 
 
-def verify_in_parallel(log: GpuRun, deadline: float) -> bool:
+def chosen(names: Sequence[str]) -> list[Op]:
+    """The ops of these names, all without any."""
+    return [get_op(name) for name in names] if names else list(load_ops().values())
+
+
+def verify_in_parallel(log: GpuRun, deadline: float, names: list[str]) -> bool:
     """effkit verify on the GPU, in as many processes as there are processors: its time is the compiler's.
 
     Large cases come last and alone, for their references fill the memory.
     """
-    small, large = shares(workers := max(1, min(12, (os.cpu_count() or 4) - 2)))
+    small, large = shares(max(1, min(12, (os.cpu_count() or 4) - 2)), names)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(number_and_share: tuple[int, tuple[str, ...]]) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def verify_in_parallel(log: GpuRun, deadline: float) -> bool:
             reason = "out of time" if code is None else f"exit code {code}"
             return {"results": [], "lost": {"share": share, "reason": reason, "tail": tail}}
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(len(small)) as pool:
             parts = list(pool.map(run, enumerate(small)))
         parts += [run((len(small) + i, share)) for i, share in enumerate(large)]
     results = [result for part in parts for result in part["results"]]
@@ -150,11 +157,11 @@ def verify_in_parallel(log: GpuRun, deadline: float) -> bool:
     return not wrong and not lost
 
 
-def shares(count: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def shares(count: int, names: Sequence[str] = ()) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Arguments of `effkit verify` for each process: small cases dealt to about `count`, large cases one each."""
     small: list[tuple[str, ...]] = []
     large: list[tuple[str, ...]] = []
-    ops = load_ops().values()
+    ops = chosen(names)
     total = sum(not case.large for op in ops for case in op.cases)
     for op in ops:
         cases = [case.name for case in op.cases if not case.large]
@@ -189,11 +196,14 @@ def collect_rows(log: GpuRun) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", metavar="OUT", type=Path, help="folder for the results")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="with --gpu: these ops only")
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     arguments = parser.parse_args()
+    if arguments.ops and not arguments.gpu:
+        parser.error(f"{' '.join(arguments.ops)}: ops are chosen with --gpu OUT; without it all are measured")
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch finds no CUDA device here; without it everything runs on the CPU")
-    return gpu_run(arguments.gpu.resolve()) if arguments.gpu else ordinary_run(arguments.quick)
+    return gpu_run(arguments.gpu.resolve(), arguments.ops) if arguments.gpu else ordinary_run(arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures candidate tiles of the kernels on this GPU and proposes the entries of their tables.
 
-    python benchmarks/tune.py --out tiles.json [--seconds 100]
+    python benchmarks/tune.py --out tiles.json [--seconds 100] [OP ...]
 
 Two passes. First every candidate is compiled, run and judged against the reference, in several processes, for the
 compiler takes most of the time; what does not fit into the GPU or is wrong is out. Then those that are left are timed
@@ -145,10 +145,15 @@ TABLES = (
 )
 
 
-def trials(arch: int) -> list[Trial]:
-    """All candidates, the present entries among them: half precision first, then the widths that models have."""
+def trials(arch: int, ops: Sequence[str] = ()) -> list[Trial]:
+    """All candidates for the kernels of these ops (default: all), the present entries among them.
+
+    Half precision first, then the widths that models have.
+    """
     found = []
     for table in TABLES:
+        if ops and table.op not in ops:
+            continue
         for (width, size), tiles in table.tiles.items():
             key = (arch, width, size)
             present = [tuple(table.entries[key])] if key in table.entries else []
@@ -177,14 +182,15 @@ def judged(trial: Trial, device: torch.device) -> str:
     return f"wrong: {wrong[0]}" if wrong else "ok"
 
 
-def judge_all(deadline: float) -> dict[str, str]:
+def judge_all(deadline: float, ops: Sequence[str]) -> dict[str, str]:
     """The verdict of each trial by its name, from many processes at once; those out of time are missing."""
     workers = max(1, min(12, (os.cpu_count() or 4) - 2))
     verdicts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.jsonl" for i in range(workers)]
         command = (sys.executable, __file__, "--judge")
-        processes = [subprocess.Popen((*command, f"{i}/{workers}", "--out", str(path))) for i, path in enumerate(paths)]
+        shares = [(*command, f"{i}/{workers}", "--out", str(path), *ops) for i, path in enumerate(paths)]
+        processes = [subprocess.Popen(share) for share in shares]
         for process in processes:
             try:
                 process.wait(max(1.0, deadline - time.monotonic()))
@@ -197,11 +203,11 @@ def judge_all(deadline: float) -> dict[str, str]:
     return verdicts
 
 
-def judge_share(share: str, out: Path, device: torch.device, arch: int) -> None:
+def judge_share(share: str, every: list[Trial], out: Path, device: torch.device) -> None:
     """One process of judge_all: every n-th trial, each verdict written as it comes."""
     first, _, step = share.partition("/")
     with out.open("w", encoding="utf-8") as file:
-        for trial in trials(arch)[int(first) :: int(step)]:
+        for trial in every[int(first) :: int(step)]:
             file.write(json.dumps([trial.name, judged(trial, device)]) + "\n")
             file.flush()
 
@@ -249,12 +255,12 @@ def fastest(measured: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
-def tune(out: Path, seconds: float, device: torch.device, arch: int) -> None:
+def tune(out: Path, seconds: float, device: torch.device, arch: int, ops: Sequence[str]) -> None:
     """Judges, times, writes after each entry, and prints the proposal."""
     start = time.monotonic()
     present = {table.path: dict(table.entries) for table in TABLES}
-    every = trials(arch)
-    verdicts = judge_all(start + 0.6 * seconds)
+    every = trials(arch, ops)
+    verdicts = judge_all(start + 0.6 * seconds, ops)
     measured: list[dict[str, Any]] = []
     for group in grouped(trial for trial in every if verdicts.get(trial.name) == "ok"):
         if time.monotonic() > start + seconds:
@@ -279,6 +285,7 @@ def tune(out: Path, seconds: float, device: torch.device, arch: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of all measurements")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="tables of the kernels of these ops (default: all)")
     parser.add_argument("--seconds", type=float, default=300, help="after which no further entry is begun")
     parser.add_argument("--judge", metavar="I/N", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -290,9 +297,9 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     arch = architecture(device)
     if arguments.judge:
-        judge_share(arguments.judge, arguments.out, device, arch)
+        judge_share(arguments.judge, trials(arch, arguments.ops), arguments.out, device)
     else:
-        tune(arguments.out, arguments.seconds, device, arch)
+        tune(arguments.out, arguments.seconds, device, arch, arguments.ops)
     return 0
 
 

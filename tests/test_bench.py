@@ -218,6 +218,29 @@ def test_tables_take_the_newest_row_of_each_provider(rows, tmp_path):
         assert bench.short(rows[0]["median_ms"]) in text and "7.00x" in text and "1000000" not in text
 
 
+@pytest.mark.parametrize(
+    ("ratios", "text"),
+    [
+        ({}, "-"),
+        ({1024: 0.5, 2048: 0.9, 4096: 1.5}, "faster from T=4096 on, 1.50x at T=4096"),
+        ({1024: 1.2, 2048: 0.9, 4096: 1.5}, "faster from T=4096 on, 1.50x at T=4096"),
+        ({1024: 1.2, 2048: 2.0}, "faster from T=1024 on, 2.00x at T=2048"),
+        ({1024: 0.2, 2048: 0.4}, "slower up to T=2048, 0.40x there"),
+    ],
+)
+def test_the_crossing_with_dense_attention_is_found(ratios, text):
+    assert report.crossing(ratios) == text
+
+
+def test_growth_is_told_for_ops_measured_at_several_lengths(rows, tmp_path):
+    ms = {"T=1024": (1.0, 0.5), "T=2048": (2.5, 2.0), "T=4096": (5.0, 9.0)}
+    own = [{**rows[0], "case": case, "provider": "effkit torch", "median_ms": t} for case, (t, _) in ms.items()]
+    dense = [{**row, "provider": report.DENSE, "median_ms": t} for row, (_, t) in zip(own, ms.values(), strict=True)]
+    (tmp_path / "machine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own + dense))
+    text = report.render_full(report.load(tmp_path))
+    assert "| 1024 to 4096 | 2.50x, 2.00x | faster from T=4096 on, 1.80x at T=4096 |" in text
+
+
 def test_a_page_without_markers_is_an_error():
     with pytest.raises(ValueError, match=r"page\.md has no markers"):
         report.replaced("text", "tables", "page.md")
@@ -241,4 +264,5 @@ def test_the_processes_of_a_gpu_run_judge_every_case_once():
     small, large = run.shares(12)
     dealt = [(share[0], name) for share in small + large for name in share[2::2]]
     assert sorted(dealt) == sorted((op.name, case.name) for op in load_ops().values() for case in op.cases)
-    assert 6 <= len(small) <= 18
+    assert 6 <= len(small) <= 18 + len(load_ops())
+    assert {share[0] for part in run.shares(12, ["dynamic_tanh"]) for share in part} <= {"dynamic_tanh"}
