@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from effkit.attention.sliding_window import SlidingWindowConfig
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
 from effkit.change import Edit
 from effkit.hf.mask import MaskSpec, make_mask, warn_dense
+from effkit.hf.window_cache import attend_in_window, fit
 from effkit.ops import BackendUnavailable
 
 NAME = "effkit"
-_OPTIONS = "_effkit_attention"  # the SoftmaxAttentionConfig on an attention module: copied and pickled along with it
+_OPTIONS = "_effkit_attention"  # the config on an attention module: copied and pickled along with it
 _REFUSED = ("position_bias", "head_mask", "sinks", "indices", "block_indices")  # change the result, not computed here
 _calls: list[tuple[nn.Module, Any]] | None = None  # while a model is probed: modules that called, and their masks
 
@@ -56,16 +58,22 @@ def attention_forward(
     if _calls is not None:
         _calls.append((module, attention_mask))
     _refuse(dropout, others)
+    options: SoftmaxAttentionConfig | SlidingWindowConfig = options_of(module) or SoftmaxAttentionConfig()
+    sink_tokens = options.sink_tokens if isinstance(options, SlidingWindowConfig) else 0
+    if isinstance(options, SlidingWindowConfig) and isinstance(attention_mask, MaskSpec):
+        attention_mask = fit(attention_mask, key.shape[2], sink_tokens)
     mask = _as_spec(module, query, key, attention_mask, sliding_window, is_causal)
     if others.get("cu_seq_lens_q") is not None and mask.cu_seqlens is None and mask.visible is None:
         raise ValueError(
             "cu_seq_lens_q is given, but the mask is not packed: effkit takes packed sequences from position_ids that "
             "restart, with use_cache=False and no attention_mask"
         )
-    options = getattr(module, _OPTIONS, None) or SoftmaxAttentionConfig()
+    out: Any
+    if isinstance(options, SlidingWindowConfig) and sink_tokens:
+        out = attend_in_window(query, key, value, mask, options, scaling, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
     if options.window is not None:
         mask = _narrow(mask, options.window, module)
-    out: Any
     if mask.visible is not None:
         if options.backend == "triton":
             raise BackendUnavailable(
@@ -89,6 +97,16 @@ def attention_forward(
             backend=options.backend,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def options_of(module: nn.Module) -> SoftmaxAttentionConfig | SlidingWindowConfig | None:
+    """The config that `apply` has put on an attention module."""
+    return vars(module).get(_OPTIONS)
+
+
+def set_options(module: nn.Module, config: SoftmaxAttentionConfig | SlidingWindowConfig) -> None:
+    """Lets an attention module follow a config."""
+    setattr(module, _OPTIONS, config)
 
 
 def _refuse(dropout: float, others: dict[str, Any]) -> None:
