@@ -238,6 +238,14 @@ def next_position(q: Tensor, initial: Any) -> Tensor:
     return read if initial is None else initial.position + read
 
 
+def zero_rest(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x [B, T, C] with zeros behind the last packed token: NaN there would reach the gradients of a layer's weights."""
+    if cu_seqlens is None:
+        return x
+    exists = torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1]
+    return torch.where(exists[:, None], x, 0.0)
+
+
 def token_positions(T: int, state: RecurrentState | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """The place of each token in its sequence, [T] or [B, T] int64: what a rotary embedding turns by."""
     token = torch.arange(T, device=device)

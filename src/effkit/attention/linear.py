@@ -33,6 +33,7 @@ from effkit.attention._recurrent import (
     run,
     token_positions,
     widen,
+    zero_rest,
 )
 from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import first_memory, flops, sizes, ssd_torch, supports, traffic
@@ -353,6 +354,7 @@ class LinearAttention(nn.Module):
         key_lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RecurrentState]:
         """y, or (y, state) with return_state; the options as in `linear_attention`."""
+        x = zero_rest(x, cu_seqlens)
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_theta is not None:
             positions = token_positions(x.shape[1], state, cu_seqlens, x.device)

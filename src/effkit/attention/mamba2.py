@@ -41,6 +41,7 @@ from effkit.attention._recurrent import (
     scan_chunks,
     to_chunks,
     widen,
+    zero_rest,
 )
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
@@ -240,7 +241,7 @@ class Mamba2(nn.Module):
         """
         conv, memory = state or (None, None)
         wide = wide_dtype(x.dtype)
-        z, u, dt = self.in_proj(x).split(self._widths, dim=-1)
+        z, u, dt = self.in_proj(zero_rest(x, cu_seqlens)).split(self._widths, dim=-1)
         u, conv = self.conv1d(u, state=conv, cu_seqlens=cu_seqlens)
         u, B, C = u.split((self._widths[0], *[self.n_groups * self.state_size] * 2), dim=-1)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)  # [B, T, H]

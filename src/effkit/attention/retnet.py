@@ -30,6 +30,7 @@ from effkit.attention._recurrent import (
     run,
     token_positions,
     widen,
+    zero_rest,
 )
 from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import BENCH, first_memory, flops, sizes, ssd_torch, supports, traffic
@@ -178,6 +179,7 @@ class MultiScaleRetention(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RecurrentState]:
         """y, or (y, state) with return_state; state and cu_seqlens as in `retention`."""
+        x = zero_rest(x, cu_seqlens)
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         positions = token_positions(x.shape[1], state, cu_seqlens, x.device)
         q, k = (rotary_embedding(part, positions, self.rope_theta) for part in (q, k))
@@ -187,7 +189,7 @@ class MultiScaleRetention(nn.Module):
         )  # fmt: skip
         o, *last = result if isinstance(result, tuple) else (result,)
         rows = o.transpose(1, 2).flatten(2).flatten(0, 1)  # a group is one head of one token
-        y = self.o_proj(F.silu(self.g_proj(x)) * self.g_norm(rows).view(*x.shape[:2], -1))
+        y = self.o_proj(F.silu(self.g_proj(x)) * self.g_norm(rows).unflatten(0, x.shape[:2]))
         return (y, *last) if return_state else y
 
     def _heads(self, x: Tensor) -> Tensor:
