@@ -12,6 +12,7 @@ from effkit.attention.grouped_query import (
     similar_heads,
 )
 from effkit.attention.linear import FEATURE_MAPS, HedgehogFeatureMap, LinearAttention, linear_attention
+from effkit.attention.longformer import LongformerAttention
 from effkit.attention.mamba2 import Mamba2, ssd
 from effkit.attention.retnet import MultiScaleRetention, default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
@@ -28,6 +29,7 @@ __all__ = [
     "KVCache",
     "LayerState",
     "LinearAttention",
+    "LongformerAttention",
     "Mamba2",
     "MultiScaleRetention",
     "RecurrentState",

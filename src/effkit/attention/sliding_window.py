@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from effkit.attention._blocks import fold, unfold, wide_dtype
 from effkit.attention._mask import Mask, in_window
+from effkit.attention._selection import Selection, as_flags, most_flags
 from effkit.attention.softmax import as_int32, check_tensors, checked_scale, kernel_cannot, softmax_attention_torch
 from effkit.change import ChangeConfig
 from effkit.ops import Case, Op, register
@@ -60,7 +61,7 @@ def sliding_window_attention_reference(
     sees = in_window(i - j, window, causal, _per_head(dilation, q.device))  # [1 or B, 1 or Hkv, T, S]
     sees = sees | _is_sink(mask, k.shape[2], sink_tokens, cu_seqlens)[:, None, None, :]
     if global_tokens is not None:
-        is_global = mask.exists(k.shape[2]) & _as_flags(global_tokens, k.shape[2])
+        is_global = mask.exists(k.shape[2]) & as_flags(global_tokens, k.shape[2])
         sees = sees | is_global[:, None, None, :] | is_global[:, None, :, None]
     sees = sees & mask.visible(0, q.shape[2], 0, k.shape[2])
     sees = sees.expand(-1, k.shape[1], -1, -1).repeat_interleave(group, dim=1)
@@ -97,12 +98,12 @@ def attend_in_parts(
     shown = _is_sink(mask, length, sink_tokens, cu_seqlens) & mask.exists(length)
     n_shown = sink_tokens * (1 if cu_seqlens is None else cu_seqlens.numel() - 1)
     if global_tokens is not None:
-        is_global = _as_flags(global_tokens, length) & mask.exists(length)
-        n_global = _count(global_tokens, is_global)
+        is_global = as_flags(global_tokens, length) & mask.exists(length)
+        n_global = most_flags(global_tokens, is_global)
         shown, n_shown = shown | is_global, n_shown + n_global
     if n_shown == 0 or length == 0:
         return band(q, k, v, dilation=dilation, with_lse=False)[0]
-    columns = _Selection.of(shown.expand(q.shape[0], -1), min(n_shown, length))
+    columns = Selection.of(shown.expand(q.shape[0], -1), min(n_shown, length))
     row, column = torch.arange(q.shape[2], device=q.device)[:, None], columns.index[:, None, None, :]
     in_band = in_window(row + mask.offset - column, window, causal, _per_head(dilation, q.device))
     visible = mask.between(row, column) & columns.chosen[:, None, None, :] & ~in_band
@@ -112,7 +113,7 @@ def attend_in_parts(
     out = _join(inside, beside).to(q.dtype)
     if global_tokens is None:
         return out
-    rows = _Selection.of(is_global.expand(q.shape[0], -1), n_global)
+    rows = Selection.of(is_global.expand(q.shape[0], -1), n_global)
     visible = mask.between(rows.index[:, None, :, None], torch.arange(length, device=q.device))
     full = _dense_attention(rows.take(queries), keys, values, visible, scale)[0]
     return rows.put(full.to(q.dtype), out)
@@ -194,32 +195,6 @@ def _in_residues(bound: Tensor | None, d: int) -> Tensor | None:
     return ((bound[:, None] - residues + d - 1) // d).clamp_min(0).flatten().to(torch.int32)
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """The same number of tokens of each batch row: their indices [B, G], and which of them are meant [B, G]."""
-
-    index: Tensor
-    chosen: Tensor
-
-    @staticmethod
-    def of(flags: Tensor, count: int) -> _Selection:
-        """Those with a flag [B, T], of which no row has more than count, in order; then some without."""
-        index = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-        return _Selection(index, flags.gather(1, index))
-
-    def take(self, x: Tensor) -> Tensor:
-        """[B, H, T, n] -> [B, H, G, n], with zeros where none is meant."""
-        return x.gather(2, self._spread(x)).masked_fill(~self.chosen[:, None, :, None], 0.0)
-
-    def put(self, selected: Tensor, x: Tensor) -> Tensor:
-        """x [B, H, T, n] with the selected [B, H, G, n] in their places."""
-        place = self._spread(x)
-        return x.scatter(2, place, torch.where(self.chosen[:, None, :, None], selected, x.gather(2, place)))
-
-    def _spread(self, x: Tensor) -> Tensor:
-        return self.index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-
-
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o, lse), not rounded, by all scores at once; visible [B, 1 or Hkv, T, G]. Rows that see nothing: 0, -inf."""
     wide = wide_dtype(q.dtype)
@@ -250,22 +225,6 @@ def _is_sink(mask: Mask, length: int, sink_tokens: int, cu_seqlens: Tensor | Non
     if mask.sequence is not None and cu_seqlens is not None:
         return j - cu_seqlens[mask.sequence.clamp_min(0)] < sink_tokens
     return j - (0 if mask.starts is None else mask.starts[:, 0, 0]) < sink_tokens
-
-
-def _as_flags(global_tokens: Tensor, length: int) -> Tensor:
-    """bool [B, T], of such flags or of positions [B, G]."""
-    if global_tokens.dtype == torch.bool:
-        return global_tokens
-    flags = torch.zeros(global_tokens.shape[0], length + 1, dtype=torch.bool, device=global_tokens.device)
-    places = torch.where(global_tokens < 0, length, global_tokens).long()
-    return flags.scatter(1, places, True)[:, :length]
-
-
-def _count(global_tokens: Tensor, flags: Tensor) -> int:
-    """At least the largest number of global tokens in a row. The values of flags cannot be read while tracing."""
-    if global_tokens.dtype != torch.bool or torch.compiler.is_compiling():
-        return min(global_tokens.shape[1], flags.shape[1])
-    return int(flags.sum(1).max()) if flags.numel() else 0
 
 
 def _per_head(dilation: int | tuple[int, ...], device: torch.device) -> int | Tensor:
