@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effkit.attention._blocks import wide_dtype
 from effkit.attention._recurrent import (
@@ -40,7 +39,8 @@ from effkit.attention.mamba2 import first_memory, flops, sizes, ssd_torch, suppo
 from effkit.ops import Case, Op, register
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu+1": lambda x: F.elu(x) + 1,  # arXiv 2006.16236, equation 7
+    # arXiv 2006.16236, equation 7: elu(x) + 1, which in float32 would round to 0 from x = -17 on
+    "elu+1": lambda x: x.clamp_max(0).exp() + torch.relu(x),
     "relu": torch.relu,
     "exp": torch.exp,
     "squared relu": lambda x: torch.relu(x).square(),
