@@ -253,11 +253,12 @@ def test_function_transforms(backend: str) -> None:
     assert torch.equal(grads, expected)
 
 
-def test_autocast_casts_mixed_inputs() -> None:
+@pytest.mark.parametrize("window", [None, 4])
+def test_autocast_casts_mixed_inputs_and_nothing_else(window: int | None) -> None:
     q, k, v = qkv(1, 2, 1, 9, 9, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = softmax_attention(q, k, v.bfloat16(), causal=True)
-    cast = softmax_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
+        mixed = softmax_attention(q, k, v.bfloat16(), causal=True, window=window)
+    cast = softmax_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True, window=window)
     assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, cast)
 
 

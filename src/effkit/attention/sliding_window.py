@@ -31,7 +31,14 @@ from torch.nn import functional as F
 from effkit.attention._blocks import fold, unfold, wide_dtype
 from effkit.attention._mask import Mask, in_window
 from effkit.attention._selection import Selection, as_flags, most_flags
-from effkit.attention.softmax import as_int32, check_tensors, checked_scale, kernel_cannot, softmax_attention_torch
+from effkit.attention.softmax import (
+    as_int32,
+    check_tensors,
+    checked_scale,
+    kernel_cannot,
+    run_outside_autocast,
+    softmax_attention_torch,
+)
 from effkit.change import ChangeConfig
 from effkit.ops import Case, Op, register
 
@@ -293,10 +300,9 @@ def sliding_window_attention(
     _check_square(sizes, causal, dilation, global_tokens, query_offset)
     if global_tokens is not None:
         _check_global_tokens(sizes, global_tokens)
-    return SLIDING_WINDOW_ATTENTION.run(
-        backend, q=q, k=k, v=v, window=window, global_tokens=global_tokens, causal=causal, dilation=dilation,
-        sink_tokens=sink_tokens, scale=checked_scale(name, scale, sizes["D"]), **lengths,
-    )  # fmt: skip
+    arguments: dict[str, Any] = dict(q=q, k=k, v=v, window=window, global_tokens=global_tokens, causal=causal)
+    arguments |= dict(dilation=dilation, sink_tokens=sink_tokens, scale=checked_scale(name, scale, sizes["D"]))
+    return run_outside_autocast(SLIDING_WINDOW_ATTENTION, backend, arguments | lengths)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def softmax_attention(
         raise ValueError(f"softmax_attention: softcap is {softcap!r}, expected None or a finite number > 0")
     check_tensors("softmax_attention", sizes, q=q, k=k, v=v, sinks=sinks, **lengths)
     scale = checked_scale("softmax_attention", scale, sizes["D"])
-    return SOFTMAX_ATTENTION.run(backend, **arguments, **lengths, scale=scale, return_lse=return_lse)
+    arguments |= dict(**lengths, scale=scale, return_lse=return_lse)
+    return run_outside_autocast(SOFTMAX_ATTENTION, backend, arguments)
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,15 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     k, v = (x.reshape(-1, 1, *x.shape[2:]).expand(-1, group, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(grouped, k, v, is_causal=True, scale=scale)
     return out.reshape(batch, heads, rows, v.shape[3])
+
+
+def run_outside_autocast(op: Op, backend: str | None, arguments: dict[str, Any]) -> Any:
+    """op.run, where autocast does not round the wide products inside; q, k, v have been cast by now."""
+    kind = arguments["q"].device.type
+    if not torch.is_autocast_enabled(kind):
+        return op.run(backend, **arguments)
+    with torch.autocast(kind, enabled=False):
+        return op.run(backend, **arguments)
 
 
 def as_int32(op: str, name: str, value: Tensor | None) -> Tensor | None:
