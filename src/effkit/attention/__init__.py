@@ -1,5 +1,6 @@
 """Attention: exact, in forms whose memory and time do not grow with T x S where they need not."""
 
+from effkit.attention._fenwick import LogLinearState
 from effkit.attention._recurrent import LayerState, RecurrentState
 from effkit.attention.deltanet import delta_rule, gated_delta_rule
 from effkit.attention.gla import GatedLinearAttention, gated_linear_attention
@@ -12,6 +13,7 @@ from effkit.attention.grouped_query import (
     similar_heads,
 )
 from effkit.attention.linear import FEATURE_MAPS, HedgehogFeatureMap, LinearAttention, linear_attention
+from effkit.attention.log_linear import log_linear_attention
 from effkit.attention.longformer import LongformerAttention
 from effkit.attention.mamba2 import Mamba2, ssd
 from effkit.attention.retnet import MultiScaleRetention, default_decay, retention
@@ -29,6 +31,7 @@ __all__ = [
     "KVCache",
     "LayerState",
     "LinearAttention",
+    "LogLinearState",
     "LongformerAttention",
     "Mamba2",
     "MultiScaleRetention",
@@ -43,6 +46,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear_attention",
     "linear_attention",
+    "log_linear_attention",
     "mha_to_gqa",
     "retention",
     "rotary_embedding",

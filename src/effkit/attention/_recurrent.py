@@ -212,9 +212,7 @@ def by_spans(
     """
     q = tensors[0]
     assert q is not None
-    T = q.shape[2]
-    chunks = _SPAN_PAIRS // max(1, q.shape[0] * q.shape[1] * C * C)
-    span = C * max(1, chunks) if q.device.type == "cpu" else max(1, T)
+    T, span = q.shape[2], span_length(q, C)
     # split, not slices: the gradient of a slice is a tensor as long as the whole, for every span.
     spans = zip(*([None] * -(-T // span) if x is None else x.split(span, dim=2) for x in tensors), strict=True)
     outs, state = [], initial
@@ -222,6 +220,13 @@ def by_spans(
         o, state = core(*parts, state)
         outs.append(o)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)), state
+
+
+def span_length(q: Tensor, C: int) -> int:
+    """How many tokens of q [B, H, T, K] are worked on at a time, in whole chunks."""
+    if q.device.type != "cpu":
+        return max(C, q.shape[2])
+    return C * max(1, _SPAN_PAIRS // max(1, q.shape[0] * q.shape[1] * C * C))
 
 
 _SPAN_PAIRS = 1 << 19  # two megabytes of float32

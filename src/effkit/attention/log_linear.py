@@ -1,0 +1,289 @@
+"""Log-linear attention: a gated linear attention that keeps the past in a few memories, the older the coarser.
+
+    o_t = scale * sum_{s <= t} level_scales[t, level(t, s)] exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s
+    level(t, s) = bit_length(t XOR s)        0 for the token itself, l for the 2^(l-1) tokens of one block before it
+
+(Guo et al., arXiv 2506.04761, section 3, over Mamba-2.) The levels cut the past of t as a Fenwick tree does: one block
+for each bit of t, so that log2(t) + 1 matrices K x V hold everything, and each token weighs every block by itself. With
+all level_scales 1 this is `ssd`. Tokens of different chunks share one level, so chunks are the leaves of a binary tree.
+
+Cost: within chunks as `ssd`; between them 2 T K V log2(T / C) / 2 operations a head in each pass. Training keeps O(T)
+numbers (the reads of each level are computed again in backward), decoding log2(T) matrices. When not to use it: where
+one state does as well, since a decoding step reads and writes all of them; and where recall must be exact at any
+distance, since old blocks are still sums over many tokens: the paper itself reports gaps to softmax attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effkit.attention._fenwick import (
+    Blocks,
+    LogLinearState,
+    check,
+    empty_state,
+    level,
+    levels_for,
+    one_by_one,
+    past_blocks,
+    read,
+    recurrence,
+    resume,
+    spare_levels,
+    within_chunk,
+)
+from effkit.attention._recurrent import (
+    autocast,
+    check_scale,
+    cumulative_decay,
+    expand_heads,
+    next_position,
+    pair_decay,
+    run,
+    to_chunks,
+    widen,
+)
+from effkit.attention.mamba2 import log_decay, sizes, supports
+from effkit.ops import Case, Op, register
+
+
+def log_linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    *,
+    initial_state: LogLinearState | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, LogLinearState]:
+    """The masked product; a block of the state counts as one more token, standing where the block begins."""
+    dtype, heads, T = v.dtype, max(q.shape[1], k.shape[1], v.shape[1]), q.shape[2]
+    q, k, v, level_scales = widen(*(expand_heads(x, heads) for x in (q, k, v)), level_scales)
+    state = empty_state(k, v, level_scales) if initial_state is None else initial_state
+    memory = state.memory.to(q.dtype)
+    t = state.position[:, None] + torch.arange(T, device=q.device)  # [B, T]
+    begins = _block_begins(state)  # [B, L]
+    c = cumulative_decay(g)
+    scores = scale * (q @ k.mT) * pair_decay(c, q.dtype)
+    o = (scores * _pick(level_scales, level(t[:, :, None], t[:, None]).tril())) @ v
+    seen = _pick(level_scales, level(t[:, :, None], begins[:, None])) * c.to(q.dtype).exp()[..., None]
+    o = o + scale * torch.einsum("bhtl, bhtk, bhlkv -> bhtv", seen, q, memory)
+
+    last, total = state.position[:, None] + T - 1, g.double().sum(-1, keepdim=True)
+    levels = torch.arange(level_scales.shape[3], device=q.device)[:, None]
+    new, old = (level(last, s)[:, None] == levels for s in (t, begins))  # [B, L, T], [B, L, L]
+    k = k * (total - c).to(q.dtype).exp()[..., None]
+    kept = total.to(q.dtype).exp()[..., None, None] * memory
+    memory = torch.einsum("blt, bhtk, bhtv -> bhlkv", new.to(q.dtype), k, v)
+    memory = memory + torch.einsum("blm, bhmkv -> bhlkv", old.to(q.dtype), kept)
+    return o.to(dtype), LogLinearState(memory, next_position(q, initial_state))
+
+
+def _pick(level_scales: Tensor, levels: Tensor) -> Tensor:
+    """level_scales [B, H, T, L] at levels [B, T, S]: [B, H, T, S]."""
+    return level_scales.gather(3, levels[:, None].expand(-1, level_scales.shape[1], -1, -1))
+
+
+def _block_begins(state: LogLinearState) -> Tensor:
+    """The first token of the block at each level, [B, L]; something in range where a level is empty."""
+    levels = torch.arange(state.memory.shape[2], device=state.position.device)
+    return ((state.position - 1).clamp_min(0)[:, None] >> levels) << levels
+
+
+def log_linear_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    *,
+    initial_state: LogLinearState | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, LogLinearState]:
+    """Chunks: a masked product within each, and a tree over them."""
+    dtype, heads = v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
+    q, k, v, level_scales = widen(*(expand_heads(x, heads) for x in (q * scale, k, v)), level_scales)
+    level_scales = level_scales.to(q.dtype)
+    if one_by_one(q, initial_state):
+        o, state = recurrence(q, k, v, g, None, level_scales, initial_state)
+    else:
+        o, state = resume(_piece, (q, k, v, g, level_scales), initial_state, chunk_size)
+    return o.to(dtype), state
+
+
+def _piece(
+    blocks: Blocks, C: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor
+) -> tuple[Tensor, Blocks]:
+    """One of `aligned_pieces`: o, and the blocks of the past after it; blocks are those before it."""
+    T = q.shape[2]
+    q, k, v, g, level_scales = (to_chunks(x, C) for x in (q, k, v, g, level_scales))
+    c = cumulative_decay(g)  # [B, H, N, C]
+    total = c[..., -1]
+    o = ((q @ k.mT) * pair_decay(c, q.dtype) * within_chunk(level_scales)) @ v
+    q = q * c.to(q.dtype).exp()[..., None]  # from the start of the chunk to the token
+    k = k * (total[..., None] - c).to(q.dtype).exp()[..., None]  # from the token to the end of the chunk
+    scales = level_scales.unbind(-1)
+    o, found = _tree(o, q, k.mT @ v, total, scales)
+    o, after = o.flatten(2, 3), total.cumsum(-1)  # from the start of the piece to the end of the chunk
+    if blocks:
+        before = (after - total).to(q.dtype).exp()[..., None]
+        weights = [(scales[i] * before).flatten(2) for i in blocks]
+        o = o + read(weights, q.flatten(2, 3), list(blocks.values()))
+    kept = after[..., -1, None, None].to(q.dtype).exp()
+    found |= {i: kept * block for i, block in blocks.items()}
+    for i, tokens in past_blocks(T - 1 - (c.shape[2] - 1) * C).items():  # of the last chunk
+        found[i] = k[:, :, -1, tokens].mT @ v[:, :, -1, tokens]
+    return o[:, :, :T], found
+
+
+def _tree(o: Tensor, q: Tensor, blocks: Tensor, total: Tensor, scales: tuple[Tensor, ...]) -> tuple[Tensor, Blocks]:
+    """o with what each chunk of a piece reads from those before it, and the blocks before the last chunk.
+
+    q [B, H, N, C, K] is decayed from the start of its chunk, blocks [B, H, N, K, V] are the sums over single chunks,
+    decayed to their ends, total [B, H, N] the log-decays of chunks. Each turn joins neighbouring blocks to one.
+    """
+    C, found = q.shape[3], {}
+    before = torch.zeros_like(total)  # from the start of its block to that of the chunk
+    while blocks.shape[2] > 1:
+        width = q.shape[2] // blocks.shape[2]
+        halves = (-1, 2, width)
+        i = (width * C).bit_length()
+        first, second = blocks.unflatten(2, (-1, 2)).unbind(3)
+        across, own = total.unflatten(2, (-1, 2)).unbind(3)
+        early, late = before.unflatten(2, halves).unbind(3)
+        weight = scales[i].unflatten(2, halves)[:, :, :, 1] * late.to(q.dtype).exp()[..., None]
+        seen = read([weight.flatten(3)], q.unflatten(2, halves)[:, :, :, 1].flatten(3, 4), [first])
+        mine, other = o.unflatten(2, halves).unbind(3)
+        o = torch.stack((mine, other + seen.unflatten(3, (width, C))), 3).flatten(2, 4)
+        kept = own.to(q.dtype).exp()[..., None, None] * first
+        found[i] = kept[:, :, -1]
+        blocks, total = kept + second, across + own
+        before = torch.stack((early, late + across[..., None]), 3).flatten(2)
+    return o, found
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    *,
+    initial_state: LogLinearState | None = None,
+    return_state: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LogLinearState]:
+    """Gated linear attention over log2(T) blocks of the past, each of which a token weighs by itself.
+
+        o_t = scale * sum_{s <= t} level_scales[t, level(t, s)] exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s
+        level(t, s) = bit_length(t XOR s)        arXiv 2506.04761, section 3
+
+    q [B, Hq, T, K]     queries, float16, bfloat16, float32 or float64
+    k [B, Hk, T, K]     keys
+    v [B, Hv, T, V]     values; q, k, v of one dtype (under autocast they are cast to its dtype)
+    g [B, H, T]         log-decays <= 0, any float dtype; float32 is what models use
+    level_scales [B, H, T, L]    the weight of each level, any float dtype; models make them positive (softplus). Tokens
+                        are counted from the start of their sequence, tokens of initial_state included: T of them have
+                        bit_length(T - 1) + 1 levels, and L may be larger
+    initial_state       LogLinearState of an earlier call
+    return_state        also return the LogLinearState after the last token
+    scale               default 1
+    cu_seqlens [N]      int32 or int64, 0 = first <= ... <= last <= T: sequences packed along T of a single batch row,
+                        each with a state of its own (initial_state then has N - 1 rows); rows past the last give zeros
+    chunk_size          a power of two: tokens that are computed as one product; changes speed and rounding only
+    backend             "reference", "torch", "triton" or None for the fastest that can
+
+    H is the largest of Hq, Hk, Hv and a multiple of each: head h reads query head h // (H // Hq), and so on. Returns
+    o [B, H, T, V] in v's dtype; with return_state also LogLinearState(memory [B, H, L, K, V] in float32 (float64 for
+    float64), position [B]), whose rows may stand at different positions, which continues the sequences exactly.
+    Gradients flow to q, k, v, g, level_scales and the memory, from o and the memory. One token more (T = 1) costs no
+    look at the position on the host; past 2 ** (L - 1) tokens, where that is not seen, it gives NaN. Raises ValueError
+    or TypeError for arguments that do not fit, BackendUnavailable for a backend that cannot run.
+    """
+    q, k, v = autocast(q, k, v)
+    tensors = dict(q=q, k=k, v=v, g=g, level_scales=level_scales)
+    check(LOG_LINEAR_ATTENTION, tensors, initial_state, cu_seqlens, chunk_size)
+    tensors["level_scales"] = spare_levels(level_scales, initial_state, cu_seqlens)
+    return run(
+        LOG_LINEAR_ATTENTION, backend, tensors, initial_state=initial_state, return_state=return_state,
+        cu_seqlens=cu_seqlens, scale=check_scale("log_linear_attention", scale, 1.0), chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def level_sizes(
+    B: int, H: int | tuple[int, int, int], T: int, K: int, V: int | None = None, N: int = 0, L: int | None = None
+) -> dict[str, int]:
+    """Sizes of a case, with the levels that T tokens have unless L is given."""
+    return {**sizes(B, H, T, K, V, N), "L": L or levels_for(T)}
+
+
+def flops(case: Case) -> float:
+    """Products within chunks; between them each token reads half of the levels, and each level joins its blocks."""
+    n: Any = case.sizes
+    C = case.options.get("chunk_size", 64)
+    between = levels_for(-(-n["T"] // C)) - 1
+    return 2 * n["B"] * n["H"] * n["T"] * (C * (n["K"] + n["V"]) / 2 + (1 + between / 2) * n["K"] * n["V"])
+
+
+def traffic(case: Case) -> float:
+    n: Any = case.sizes
+    return n["B"] * n["T"] * ((n["Hq"] + n["Hk"]) * n["K"] + (n["Hv"] + n["H"]) * n["V"] + n["H"] * (1 + n["L"]))
+
+
+_STATE = dict(return_state=True)
+CASES = (
+    Case("one", level_sizes(1, 1, 1, 16), _STATE),
+    Case("no batch", level_sizes(0, 2, 5, 16), _STATE),
+    Case("no tokens", level_sizes(2, 2, 0, 16), _STATE),
+    Case("two", level_sizes(2, 2, 2, 16, L=5), _STATE),
+    Case("primes", level_sizes(2, 3, 37, 40, 24), _STATE),
+    Case("a chunk", level_sizes(1, 2, 64, 16), _STATE),
+    Case("one past a chunk", level_sizes(1, 2, 65, 32), _STATE),
+    Case("several chunks", level_sizes(1, 2, 130, 16, L=10), _STATE, gain=dict(g=0.1)),
+    Case("grouped", level_sizes(1, (2, 1, 4), 70, 16), _STATE),
+    Case("strong gates", level_sizes(1, 2, 100, 16), dict(chunk_size=16, **_STATE), gain=dict(g=10.0)),
+    Case("no decay", level_sizes(1, 2, 70, 16), _STATE, gain=dict(g=0.0)),
+    Case("levels off", level_sizes(1, 2, 67, 16), dict(chunk_size=16, **_STATE), gain=dict(level_scales=0.0)),
+    Case("small chunks", level_sizes(1, 2, 127, 16), dict(chunk_size=16, scale=0.25)),
+    Case("packed", level_sizes(1, 2, 90, 16, N=5), _STATE, ints=dict(cu_seqlens=(0, 1, 1, 66, 80))),
+    Case("wide", level_sizes(1, 1, 65, 128), _STATE),
+    Case("widest", level_sizes(1, 1, 40, 256, 80)),
+    Case("transposed", level_sizes(2, 2, 33, 32), layout="transposed"),
+    Case("strided", level_sizes(1, 2, 33, 32), _STATE, layout="strided"),
+    Case("long", level_sizes(2, 8, 4099, 128, 64), _STATE, large=True),
+)
+BENCH = tuple(
+    Case(f"T={T}", level_sizes(1, 8, T, 64), large=large)
+    for T, large in ((2048, False), (4096, False), (8192, False), (16384, True), (32768, True))
+)
+
+LOG_LINEAR_ATTENTION = register(
+    Op(
+        name="log_linear_attention",
+        area="attention",
+        summary="gated linear attention over log2(T) blocks of the past, weighed by each token, in time T log T",
+        paper="https://arxiv.org/abs/2506.04761",
+        shapes="q [B, Hq, T, K], k [B, Hk, T, K], v [B, Hv, T, V], g [B, H, T], level_scales [B, H, T, L], "
+        "initial_state [R, H, L, K, V]?, cu_seqlens [N]? -> o [B, H, T, V], memory [R, H, L, K, V]",
+        function=log_linear_attention,
+        reference=log_linear_attention_reference,
+        torch=log_linear_attention_torch,
+        supports=supports,
+        cases=CASES,
+        bench=BENCH,
+        grads=("q", "k", "v", "g", "level_scales"),
+        flops=flops,
+        traffic=traffic,
+        draw={"g": log_decay, "level_scales": F.softplus},
+    )
+)
