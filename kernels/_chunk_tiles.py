@@ -107,6 +107,30 @@ def through_memory(
 
 
 @triton.jit
+def write_rows(
+    out_ptr, weights, z_ptr, factor, x_ptr, memory_ptr, partner_ptr,
+    stride_o, stride_z, stride_x, stride_in, stride_out, stride_partner, n_rows,
+    WIDTH: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """Write weights z + factor * (x M) to out, for a chunk of rows x [C, WIDTH], weights [C, C] and z, out [C, OUT].
+
+    Returns the products of the rows of factor * (x M) with those of a partner [C, OUT], or zeros without one.
+    """
+    products = tl.zeros([C], tl.float32)
+    for w in range(0, OUT, BLOCK_OUT):
+        rows = factor[:, None] * through_memory(
+            x_ptr, stride_x, n_rows, memory_ptr + w * stride_out, stride_in, stride_out, OUT - w,
+            WIDTH, C, BLOCK_IN, BLOCK_OUT,
+        )  # fmt: skip
+        if partner_ptr is not None:
+            partner = load_block(partner_ptr + w, stride_partner, 1, n_rows, OUT - w, C, BLOCK_OUT)
+            products += tl.sum(partner.to(tl.float32) * rows, 1)
+        rows = dot(weights, load_block(z_ptr + w, stride_z, 1, n_rows, OUT - w, C, BLOCK_OUT), rows)
+        store_block(out_ptr + w, stride_o, n_rows, OUT - w, rows, C, BLOCK_OUT)
+    return products
+
+
+@triton.jit
 def summary(k, v, weight):
     """sum_j weight_j k_j v_j^T of a chunk [C, K], [C, V]; weight None is 1. It goes to v: k^T is used as loaded."""
     if weight is not None:

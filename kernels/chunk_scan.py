@@ -38,11 +38,11 @@ from effkit.kernels._chunk_tiles import (
     row_products,
     store_block,
     summary,
-    through_memory,
     to_end,
     weighted,
+    write_rows,
 )
-from effkit.kernels._common import INTERPRET, cast, distinct, dot, multiprocessors, unit_stride
+from effkit.kernels._common import INTERPRET, cast, distinct, multiprocessors, unit_stride
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def _chunk_memories(
         store_block(last_ptr + bh * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
 
 
-# One program owns a chunk of one head and BLOCK_V of its outputs. The C x C scores are made once for each such tile, so
-# BLOCK_V is as wide as the registers allow.
+# One program owns a chunk of one head: it makes the C x C scores once, and from them and the memory before the chunk
+# writes the outputs, BLOCK_V columns at a time.
 @triton.jit(do_not_specialize=LENGTHS)
 def _chunk_output(
     q_ptr, k_ptr, v_ptr, c_ptr, memories_ptr, o_ptr,
@@ -162,22 +162,31 @@ def _chunk_output(
     T, N, H, q_group, k_group, v_group, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    b, h, n, _, v = _locate(N, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
+    b, h, n, _, _ = _locate(N, H, BLOCK_K, BLOCK_V, BLOCK_K, BLOCK_V)
     at = (b * H + h) * N + n
     start = tl.cast(n, tl.int64) * C
     n_rows = T - start
     q_ptr += b * stride_qb + h // q_group * stride_qh + start * stride_qt
     k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
-    v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt + v
-    o_ptr += b * stride_ob + h * stride_oh + start * stride_ot + v
-    o = through_memory(q_ptr, stride_qt, n_rows, memories_ptr + at * K * V + v, V, 1, V - v, K, C, BLOCK_K, BLOCK_V)
+    v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt
+    o_ptr += b * stride_ob + h * stride_oh + start * stride_ot
+    from_memory = tl.full([C], scale, tl.float32)
     if c_ptr is not None:
         c_ptr += at * 2 * C
-        o *= from_start(c_ptr, C)[:, None]
+        from_memory *= from_start(c_ptr, C)
     scores = row_products(q_ptr, k_ptr, stride_qt, stride_kt, n_rows, K, C, BLOCK_K)
-    values = load_block(v_ptr, stride_vt, 1, n_rows, V - v, C, BLOCK_V)
-    o = dot(cast(weighted(scores, c_ptr, C, KEYS_FIRST=False), values.dtype), values, o)
-    store_block(o_ptr, stride_ot, n_rows, V - v, scale * o, C, BLOCK_V)
+    weights = cast(scale * weighted(scores, c_ptr, C, KEYS_FIRST=False), v_ptr.dtype.element_ty)
+    write_rows(
+        o_ptr, weights, v_ptr, from_memory, q_ptr, memories_ptr + at * K * V, None,
+        stride_ot, stride_vt, stride_qt, V, 1, 0, n_rows, K, V, C, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_row(ptr, x, n, C: tl.constexpr):
+    """The first n of x [C]."""
+    i = tl.arange(0, C)
+    tl.store(ptr + i, x, mask=i < n)
 
 
 @triton.jit
@@ -192,24 +201,94 @@ def _overlap(x_ptr, y_ptr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constex
     return tl.sum(products)
 
 
-# One program owns a chunk of one head: it reads the chunk with its cotangents, the memory before it and the gradient of
-# the memory behind it, and writes dq, dk, dv and dg, one after the other, so that one accumulator is alive at a time.
-# Where a product is needed transposed it is made again from its operands.
+@triton.jit
+def _query_gradient(
+    dq_ptr, dg_ptr, q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memory_ptr,
+    stride_dqt, stride_qt, stride_kt, stride_vt, stride_dot, n_rows, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dq of a chunk, and what the gates decay of what its queries read of the memory before it."""
+    from_memory = tl.full([C], scale, tl.float32)
+    if c_ptr is not None:
+        from_memory *= from_start(c_ptr, C)
+    dpairs = row_products(do_ptr, v_ptr, stride_dot, stride_vt, n_rows, V, C, BLOCK_V)  # [queries, keys]
+    weights = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=False), k_ptr.dtype.element_ty)
+    read = write_rows(
+        dq_ptr, weights, k_ptr, from_memory, do_ptr, memory_ptr, q_ptr,
+        stride_dqt, stride_kt, stride_dot, 1, V, stride_qt, n_rows, V, K, C, BLOCK_V, BLOCK_K,
+    )  # fmt: skip
+    if c_ptr is not None:
+        _store_row(dg_ptr, tl.cumsum(read, 0, reverse=True), n_rows, C)
+
+
+@triton.jit
+def _key_gradient(
+    dk_ptr, dg_ptr, q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memory_ptr, dmemory_ptr,
+    stride_dkt, stride_qt, stride_kt, stride_vt, stride_dot, n_rows, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dk of a chunk, and what its gates decay between its pairs and of the memory behind it."""
+    dpairs = row_products(v_ptr, do_ptr, stride_vt, stride_dot, n_rows, V, C, BLOCK_V)  # [keys, queries]
+    weights = scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=True)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    if c_ptr is None:
+        into_memory = tl.full([C], 1.0, tl.float32)
+        write_rows(
+            dk_ptr, cast(weights, dtype), q_ptr, into_memory, v_ptr, dmemory_ptr, None,
+            stride_dkt, stride_qt, stride_vt, 1, V, 0, n_rows, V, K, C, BLOCK_V, BLOCK_K,
+        )  # fmt: skip
+    else:
+        i = tl.arange(0, C)
+        pairs = row_products(k_ptr, q_ptr, stride_kt, stride_qt, n_rows, K, C, BLOCK_K)
+        pairs = tl.where(i[:, None] < i[None, :], pairs * weights, 0.0)
+        dg = tl.cumsum(tl.sum(pairs, 0) - tl.sum(pairs, 1), 0, reverse=True)
+        written = write_rows(
+            dk_ptr, cast(weights, dtype), q_ptr, to_end(c_ptr, C), v_ptr, dmemory_ptr, k_ptr,
+            stride_dkt, stride_qt, stride_vt, 1, V, stride_kt, n_rows, V, K, C, BLOCK_V, BLOCK_K,
+        )  # fmt: skip
+        dg += tl.cumsum(written, 0) - written
+        dg += across(c_ptr, C) * _overlap(memory_ptr, dmemory_ptr, K, V, BLOCK_K, BLOCK_V)
+        _store_row(dg_ptr, dg, n_rows, C)
+
+
+@triton.jit
+def _value_gradient(
+    dv_ptr, q_ptr, k_ptr, do_ptr, c_ptr, dmemory_ptr,
+    stride_dvt, stride_qt, stride_kt, stride_dot, n_rows, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dv of a chunk."""
+    into_memory = tl.full([C], 1.0, tl.float32)
+    if c_ptr is not None:
+        into_memory = to_end(c_ptr, C)
+    pairs = row_products(k_ptr, q_ptr, stride_kt, stride_qt, n_rows, K, C, BLOCK_K)  # [keys, queries]
+    weights = cast(scale * weighted(pairs, c_ptr, C, KEYS_FIRST=True), do_ptr.dtype.element_ty)
+    write_rows(
+        dv_ptr, weights, do_ptr, into_memory, k_ptr, dmemory_ptr, None,
+        stride_dvt, stride_dot, stride_kt, V, 1, 0, n_rows, K, V, C, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+
+
+# Three programs share a chunk of one head and run side by side, so that one finds in the cache what another read: the
+# first writes dq, the second dk, the third dv. Each holds one accumulator; a product that is needed transposed is made
+# from its operands.
 #
 # The gates need no products of their own. A factor exp(c_i) sits on q_i and exp(-c_j) on k_j, so what a gate at t adds
 # to all pairs j < t <= i is the sum over i >= t of (row sum - column sum) of pairs * their gradients, without the
 # diagonal, which no gate touches; likewise it decays what queries i >= t read of the memory before the chunk, what keys
-# j < t add to the memory behind it, and the one memory within the other.
+# j < t add to the memory behind it, and the one memory within the other. The part of the queries and the rest go to
+# dg [2, B, H, T].
 @triton.jit(do_not_specialize=LENGTHS)
 def _chunk_gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memories_ptr, dmemories_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt, stride_dkb, stride_dkh, stride_dkt,
-    stride_dvb, stride_dvh, stride_dvt,
+    stride_dvb, stride_dvh, stride_dvt, stride_dg,
     T, N, H, q_group, k_group, v_group, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    b, h, n, _, _ = _locate(N, H, BLOCK_K, BLOCK_V, BLOCK_K, BLOCK_V)
+    b, h, place, _, _ = _locate(3 * N, H, BLOCK_K, BLOCK_V, BLOCK_K, BLOCK_V)
+    n = place // 3
     at = (b * H + h) * N + n
     start = tl.cast(n, tl.int64) * C
     n_rows = T - start
@@ -217,59 +296,31 @@ def _chunk_gradients(
     k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
     v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt
     do_ptr += b * stride_dob + h * stride_doh + start * stride_dot
-    dq_ptr += b * stride_dqb + h * stride_dqh + start * stride_dqt
-    dk_ptr += b * stride_dkb + h * stride_dkh + start * stride_dkt
-    dv_ptr += b * stride_dvb + h * stride_dvh + start * stride_dvt
     memories_ptr += at * K * V
     dmemories_ptr += at * K * V
-    from_memory = tl.full([C], 1.0, tl.float32)
-    into_memory = tl.full([C], 1.0, tl.float32)
     if c_ptr is not None:
         c_ptr += at * 2 * C
-        from_memory = from_start(c_ptr, C)
-        into_memory = to_end(c_ptr, C)
-    dtype: tl.constexpr = do_ptr.dtype.element_ty
-
-    pairs = row_products(k_ptr, q_ptr, stride_kt, stride_qt, n_rows, K, C, BLOCK_K)  # [keys, queries]
-    pairs = scale * weighted(pairs, c_ptr, C, KEYS_FIRST=True)
-    for v in range(0, V, BLOCK_V):
-        dv = through_memory(
-            k_ptr, stride_kt, n_rows, dmemories_ptr + v, V, 1, V - v, K, C, BLOCK_K, BLOCK_V
-        ) * into_memory[:, None]  # fmt: skip
-        do = load_block(do_ptr + v, stride_dot, 1, n_rows, V - v, C, BLOCK_V)
-        dv = dot(cast(pairs, dtype), do, dv)
-        store_block(dv_ptr + v, stride_dvt, n_rows, V - v, dv, C, BLOCK_V)
-
-    dpairs = row_products(do_ptr, v_ptr, stride_dot, stride_vt, n_rows, V, C, BLOCK_V)  # [queries, keys]
-    dpairs = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=False), dtype)
-    read = tl.zeros([C], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        dq = through_memory(
-            do_ptr, stride_dot, n_rows, memories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
-        ) * (scale * from_memory)[:, None]  # fmt: skip
-        q = load_block(q_ptr + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K)
-        read += tl.sum(q.to(tl.float32) * dq, 1)
-        dq = dot(dpairs, load_block(k_ptr + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K), dq)
-        store_block(dq_ptr + k, stride_dqt, n_rows, K - k, dq, C, BLOCK_K)
-
-    dpairs = row_products(v_ptr, do_ptr, stride_vt, stride_dot, n_rows, V, C, BLOCK_V)  # [keys, queries]
-    weights = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=True), dtype)
-    written = tl.zeros([C], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        dk = through_memory(
-            v_ptr, stride_vt, n_rows, dmemories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
-        ) * into_memory[:, None]  # fmt: skip
-        keys = load_block(k_ptr + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
-        written += tl.sum(keys.to(tl.float32) * dk, 1)
-        dk = dot(weights, load_block(q_ptr + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K), dk)
-        store_block(dk_ptr + k, stride_dkt, n_rows, K - k, dk, C, BLOCK_K)
-
-    if c_ptr is not None:
-        i = tl.arange(0, C)
-        both = tl.where(i[:, None] < i[None, :], pairs * dpairs, 0.0)  # [keys, queries]
-        dg = tl.cumsum(read + tl.sum(both, 0) - tl.sum(both, 1), 0, reverse=True) + tl.cumsum(written, 0) - written
-        dg += across(c_ptr, C) * _overlap(memories_ptr, dmemories_ptr, K, V, BLOCK_K, BLOCK_V)
-        tl.store(dg_ptr + (b * H + h) * T + start + i, dg, mask=i < n_rows)
+        dg_ptr += (b * H + h) * T + start
+    if place % 3 == 0:
+        _query_gradient(
+            dq_ptr + b * stride_dqb + h * stride_dqh + start * stride_dqt, dg_ptr,
+            q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memories_ptr,
+            stride_dqt, stride_qt, stride_kt, stride_vt, stride_dot, n_rows, scale, K, V, C, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+    elif place % 3 == 1:
+        if c_ptr is not None:
+            dg_ptr += stride_dg
+        _key_gradient(
+            dk_ptr + b * stride_dkb + h * stride_dkh + start * stride_dkt, dg_ptr,
+            q_ptr, k_ptr, v_ptr, do_ptr, c_ptr, memories_ptr, dmemories_ptr,
+            stride_dkt, stride_qt, stride_kt, stride_vt, stride_dot, n_rows, scale, K, V, C, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+    else:
+        _value_gradient(
+            dv_ptr + b * stride_dvb + h * stride_dvh + start * stride_dvt,
+            q_ptr, k_ptr, do_ptr, c_ptr, dmemories_ptr,
+            stride_dvt, stride_qt, stride_kt, stride_dot, n_rows, scale, K, V, C, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
 
 # One program owns BLOCK_V columns of one head's memory: it reads them once, takes the tokens one by one, and writes
@@ -358,7 +409,7 @@ def _forward(
     B, H, T, V = o.shape
     N = memories.shape[2]
     with torch.cuda.device_of(q):
-        _chunk_output[B * H * N * triton.cdiv(V, tile.BLOCK_V),](
+        _chunk_output[B * H * N,](
             q, k, v, c, memories, o, *_strides(q, k, v, o), T, N, H, *_groups(H, q, k, v), scale,
             K=q.shape[3], V=V, C=C, **tile._asdict(),
         )  # fmt: skip
@@ -441,6 +492,7 @@ def _backward(
     B, H, T, V = do.shape
     if not do.numel():
         return dq, dk, dv, dg, dfirst.zero_() if dlast is None else dfirst.copy_(dlast)
+    dg_parts = dg.new_empty(2, *dg.shape)
     C = chunk_rows(T, chunk_size)
     c = None if g is None else chunk_decay(g, C)
     if T < SHORT:
@@ -452,14 +504,14 @@ def _backward(
     each = [_for_each_head(dx, H) for dx in (dq, dk, dv)]
     tile = pick(GRADIENTS, q, v)
     with torch.cuda.device_of(q):
-        _chunk_gradients[B * H * N,](
-            q, k, v, do, c, memories, dmemories, *each, dg, *_strides(q, k, v, do, *each),
+        _chunk_gradients[3 * B * H * N,](
+            q, k, v, do, c, memories, dmemories, *each, dg_parts, *_strides(q, k, v, do, *each), dg.numel(),
             T, N, H, *_groups(H, q, k, v), scale, K=q.shape[3], V=V, C=C, **tile._asdict(),
         )  # fmt: skip
     for dx, heads in zip((dq, dk, dv), each, strict=True):
         if heads is not dx:
             dx.copy_(heads.unflatten(1, (dx.shape[1], -1)).sum(2))
-    return dq, dk, dv, dg, dfirst
+    return dq, dk, dv, torch.sum(dg_parts, 0, out=dg), dfirst
 
 
 def _for_each_head(dx: Tensor, heads: int) -> Tensor:
