@@ -151,21 +151,18 @@ def test_packed_equals_separate(backend: str, options: dict[str, Any]) -> None:
 
 @backends
 def test_sinks_one_token_at_a_time(backend: str) -> None:
-    """Each step over the keys so far, and over those that a cache of four sinks and a window keeps."""
-    q, k, v = qkv(1, 4, 2, 20)
-    options = dict(window=5, sink_tokens=4)
+    """Each step over the keys that a cache of two sinks and a window keeps."""
+    q, k, v = qkv(1, 4, 2, 9)
+    options = dict(window=3, sink_tokens=2)
 
-    def stepwise(q: Tensor, k: Tensor, v: Tensor, forget: bool) -> Tensor:
+    def stepwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         steps = []
-        for t in range(20):
-            kept = [j for j in range(t + 1) if not forget or j < 4 or j > t - 5]
+        for t in range(9):
+            kept = [j for j in range(t + 1) if j < 2 or j > t - 3]
             steps.append(of_qkv(backend, **options)(q[:, :, t : t + 1], k[:, :, kept], v[:, :, kept]))
         return torch.cat(steps, 2)
 
-    for forget in (False, True):
-        assert_equivalent(
-            lambda q, k, v, forget=forget: stepwise(q, k, v, forget), of_qkv("reference", **options), (q, k, v)
-        )
+    assert_equivalent(stepwise, of_qkv("reference", **options), (q, k, v), grads=False)
 
 
 @nan_is_expected
