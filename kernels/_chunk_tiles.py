@@ -7,15 +7,15 @@ strong gates would leave an error of 1e-4 in the difference between two weak nei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkit.kernels._common import INTERPRET, architecture, cast, dot
+from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot
 
 # Lengths change from call to call; a build for "multiple of 16" and another for "1" would buy nothing.
 LENGTHS = ["T", "N", "H", "q_group", "k_group", "v_group"]
@@ -169,6 +169,11 @@ def chunk_decay(g: Tensor, C: int) -> Tensor:
     return c
 
 
+def decay_build(arch: int) -> AotSpec:
+    tile = Tile(0, 0, 4, 1)
+    return build(_chunk_decay, arch, tile, 0, "fp32", "gates", products=False, CHUNKS=16)
+
+
 class Tile(NamedTuple):
     """Columns of keys and of values that one program takes at a time; the names are those of the launch options."""
 
@@ -180,16 +185,36 @@ class Tile(NamedTuple):
 
 # (architecture, head width, bytes of an element) -> tile
 ChunkTable = Mapping[tuple[int, int, int], Tile]
+WIDTHS = (64, 128, 256)
 _INTERPRETED = Tile(64, 64, 4, 1)  # few programs, yet several tiles at the widths of tests
 
 
 def pick(table: ChunkTable, q: Tensor, v: Tensor) -> Tile:
     """The tile for this device, element size and head width, the next of 64, 128 and 256; no wider than the heads."""
     K, V = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
-    tile = _INTERPRETED if INTERPRET else table[architecture(q.device), max(64, K, V), q.element_size()]
+    tile = _INTERPRETED if INTERPRET else table[architecture(q.device), max(WIDTHS[0], K, V), q.element_size()]
     return tile._replace(BLOCK_K=min(tile.BLOCK_K, K), BLOCK_V=min(tile.BLOCK_V, V))
 
 
 def chunk_rows(T: int, chunk_size: int) -> int:
     """Rows of a chunk: no more than hold T tokens, no fewer than a matrix instruction takes."""
     return max(16, min(chunk_size, triton.next_power_of_2(max(1, T))))
+
+
+def build(
+    kernel: Any, arch: int, tile: Tile, width: int, dtype: str, variant: str, *, float32: Container[str] = (),
+    absent: Iterable[str] = (), products: bool = True, **constants: Any,
+) -> AotSpec:  # fmt: skip
+    """A build of a kernel for heads of one width, chunks of 64 and pointers to dtype, but float32 for some and c.
+
+    absent names arguments that are None. A kernel of products is expected to use the matrix instructions of Hopper.
+    """
+    sizes = {"K": width, "V": width, "C": 64, "BLOCK_K": tile.BLOCK_K, "BLOCK_V": tile.BLOCK_V}
+    known = sizes | constants | dict.fromkeys(absent)
+    given = [name for name in kernel.arg_names if name not in known]
+    signature = {name: "fp32" if name == "scale" else "i32" for name in given}
+    signature |= {x: "*fp32" if x in float32 or x == "c_ptr" else f"*{dtype}" for x in given if x.endswith("_ptr")}
+    chosen = {name: known[name] for name in kernel.arg_names if name in known}
+    needs = ("wgmma",) if products and arch == 90 and dtype == "bf16" else ()
+    name = f"{kernel.__name__.lstrip('_')}-{width}-{dtype}-{variant}"
+    return AotSpec(name, kernel, signature, chosen, tile.num_warps, tile.num_stages, arch, needs)

@@ -16,7 +16,7 @@ and dq, dk and dv are each a product within the chunk plus one with S or G.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,11 +27,14 @@ from torch import Tensor
 from effkit.attention._recurrent import RecurrentState, next_position
 from effkit.kernels._chunk_tiles import (
     LENGTHS,
+    WIDTHS,
     ChunkTable,
     Tile,
     across,
+    build,
     chunk_decay,
     chunk_rows,
+    decay_build,
     from_start,
     load_block,
     pick,
@@ -42,7 +45,7 @@ from effkit.kernels._chunk_tiles import (
     weighted,
     write_rows,
 )
-from effkit.kernels._common import INTERPRET, cast, distinct, multiprocessors, unit_stride
+from effkit.kernels._common import INTERPRET, AotSpec, cast, distinct, multiprocessors, unit_stride
 
 
 @triton.jit
@@ -360,14 +363,21 @@ def _recurrence(
 SHORT = 16
 _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
 
-MEMORIES: ChunkTable = {
-    (arch, width, size): Tile(64, 64, 4, 2) if size == 2 else Tile(32, 32, 4, 1)
-    for arch in (80, 90, 100)
-    for width in (64, 128, 256)
-    for size in (2, 4)
+# Tiles per (architecture, head width, bytes of an element), the width the next of 64, 128, 256; never by length or
+# batch, so one build serves every call. Chosen as the largest that compile without spills, not timed on a device.
+# float32 multiplies without matrix instructions, in small tiles.
+_EVERY = tuple((arch, width) for arch in (80, 90, 100) for width in WIDTHS)
+MEMORIES: ChunkTable = {(*key, 2): Tile(64, 64, 4, 3) for key in _EVERY} | {
+    (*key, 4): Tile(32, 32, 4, 1) for key in _EVERY
 }
-OUTPUT: ChunkTable = dict(MEMORIES)
-GRADIENTS: ChunkTable = dict(MEMORIES)
+OUTPUT: ChunkTable = {(*key, 2): Tile(64, 64, 4, 2) for key in _EVERY} | {
+    (*key, 4): Tile(32, 32, 8, 1) for key in _EVERY
+}
+GRADIENTS: ChunkTable = (
+    {(*key, 2): Tile(64, 64, 4, 2) for key in _EVERY}
+    | {(*key, 4): Tile(16, 16, 8, 1) for key in _EVERY}
+    | {(80, 256, 2): Tile(64, 64, 8, 2)}
+)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -638,3 +648,26 @@ def ssd(
     first = None if initial_state is None else initial_state.memory
     o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size)
     return o, RecurrentState(last, next_position(q, initial_state))
+
+
+_FLOAT32 = ("first_ptr", "ends_ptr", "factors_ptr", "last_ptr", "dg_ptr")
+_GATES = ("c_ptr", "g_ptr", "factors_ptr", "dg_ptr")
+
+
+def aot_specs() -> Iterator[AotSpec]:
+    """The builds that are compiled and inspected without a GPU: every kernel, with the tiles that its table picks."""
+    half = [(64, "bf16", "gated"), (128, "bf16", "gated"), (256, "bf16", "plain")]
+    # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
+    for arch, builds in (80, [*half, (64, "fp32", "gated"), (256, "fp32", "gated")]), (90, half), (100, half):
+        for width, dtype, variant in builds:
+            key = arch, width, 2 if dtype == "bf16" else 4
+            shared = dict(float32=_FLOAT32, absent=_GATES if variant == "plain" else ())
+            yield build(_chunk_memories, arch, MEMORIES[key], width, dtype, variant, REVERSE=width == 128, **shared)
+            yield build(_chunk_output, arch, OUTPUT[key], width, dtype, variant, **shared)
+            yield build(_chunk_gradients, arch, GRADIENTS[key], width, dtype, variant, **shared)
+        for reverse in (False, True):
+            tile, variant = MEMORIES[arch, 128, 2], "reverse" if reverse else "forward"
+            yield build(_chunk_segments, arch, tile, 128, "bf16", variant, float32=_FLOAT32, REVERSE=reverse)
+        column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
+        yield build(_recurrence, arch, column, 128, "bf16", "gated", float32=_FLOAT32, products=False)
+        yield decay_build(arch)

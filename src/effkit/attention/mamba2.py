@@ -15,6 +15,7 @@ softmax attention of the same size (Arora et al., arXiv 2402.18668); hybrids kee
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ from effkit.attention._recurrent import (
     widen,
     zero_rest,
 )
+from effkit.attention._swap import DecayingConfig
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
 
@@ -261,6 +263,18 @@ class Mamba2(nn.Module):
         return f"{self.hidden_size}, state_size={self.state_size}, head_dim={self.head_dim}, n_groups={self.n_groups}"
 
 
+@dataclass(frozen=True)
+class SSDConfig(DecayingConfig):
+    """Puts gated linear attention, a decay per head and step, into a trained model: `apply(model, SSDConfig())`.
+
+        o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
+
+    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W x + b) with W = 0 and b as
+    half_lives say: it starts as `RetentionConfig` and learns from there to forget where the text says so. layers and
+    backend as in `RecurrentConfig`.
+    """
+
+
 class _GatedNorm(nn.Module):
     """weight * rms_norm(y * silu(z)), each group of channels by itself."""
 
@@ -284,8 +298,8 @@ def supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:
         return "float64 has no kernel"
     if max(q.shape[3], v.shape[3]) > 256:
         return f"widths {q.shape[3]} and {v.shape[3]}: the kernels hold up to 256"
-    if chunk_size not in (16, 32, 64, 128):
-        return f"chunk_size is {chunk_size}, the kernels have 16, 32, 64, 128"
+    if chunk_size not in (16, 32, 64):
+        return f"chunk_size is {chunk_size}, the kernels have 16, 32, 64"
     return None
 
 
@@ -351,6 +365,7 @@ SSD = register(
         function=ssd,
         reference=ssd_reference,
         torch=ssd_torch,
+        triton="effkit.kernels.chunk_scan:ssd",
         supports=supports,
         cases=_CASES,
         bench=BENCH,
