@@ -19,6 +19,7 @@ fixed size, exact recall over long contexts is worse than with softmax attention
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from effkit.attention._recurrent import (
     to_chunks,
     widen,
 )
+from effkit.attention._swap import DecayingConfig, RecurrentConfig
 from effkit.attention.mamba2 import BENCH, first_memory, log_decay, sizes
 from effkit.ops import Case, Op, register
 
@@ -297,6 +299,21 @@ def _warn_of_growth(name: str, k: Tensor, beta: Tensor, heads: int, cu_seqlens: 
         )
 
 
+@dataclass(frozen=True)
+class DeltaRuleConfig(RecurrentConfig):
+    """Puts the delta rule in the place of a trained model's attention: `apply(model, DeltaRuleConfig(layers=(1, 3)))`.
+
+    Queries and keys are learned features (`HedgehogFeatureMap`) of length 1, scale 1, and beta = sigmoid(W x + b) for
+    each head, with W = 0 and beta = 0.27 at first. What the memory returns for a key is its value, not a mean over
+    tokens: it starts farther from softmax attention than `LinearAttentionConfig`. layers, backend: `RecurrentConfig`.
+    """
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleConfig(DecayingConfig):
+    """The same with a memory that decays, g = -softplus(W x + b) as in `SSDConfig`, b as half_lives say."""
+
+
 def supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:
     """Why the kernels cannot run, or None."""
     if q.dtype == torch.float64:
@@ -368,6 +385,7 @@ DELTA_RULE = register(
         function=delta_rule,
         reference=delta_rule_reference,
         torch=delta_rule_torch,
+        triton="effkit.kernels.chunk_delta:delta_rule",
         supports=supports,
         cases=_CASES,
         bench=BENCH,
@@ -388,6 +406,7 @@ GATED_DELTA_RULE = register(
         function=gated_delta_rule,
         reference=gated_delta_rule_reference,
         torch=gated_delta_rule_torch,
+        triton="effkit.kernels.chunk_delta:gated_delta_rule",
         supports=supports,
         cases=_CASES + _GATES,
         bench=BENCH,

@@ -15,6 +15,7 @@ its sharp weights; and for exact recall over long contexts (Arora et al., arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from effkit.attention._recurrent import (
     widen,
     zero_rest,
 )
+from effkit.attention._swap import RecurrentConfig
 from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import first_memory, flops, sizes, ssd_torch, supports, traffic
 from effkit.ops import Case, Op, register
@@ -374,6 +376,27 @@ class LinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, normalize={self.normalize}, causal={self.causal}"
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig(RecurrentConfig):
+    """Puts linear attention in the place of a trained model's: `apply(model, LinearAttentionConfig(layers=(1, 3)))`.
+
+        o_i = sum_j w_ij v_j / sum_j w_ij,  w_ij = phi(q_i) . phi(k_j)
+
+    feature_map is "hedgehog", a learned map of its own for each head that starts as "signed softmax", or a name in
+    FEATURE_MAPS. It is a mean of values with positive weights, as softmax attention is, but the weights are flat: of a
+    layer that looks at one near token little is left before a training (`zoo.distill`, `zoo.heal`). layers and backend
+    as in `RecurrentConfig`.
+    """
+
+    feature_map: str = "hedgehog"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = ("hedgehog", *(name for name in FEATURE_MAPS if name != "identity"))
+        if self.feature_map not in choices:
+            raise ValueError(f"LinearAttentionConfig: feature_map is {self.feature_map!r}, choices: {choices}")
 
 
 _STATE = dict(return_state=True)

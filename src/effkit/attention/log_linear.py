@@ -15,6 +15,7 @@ distance, since old blocks are still sums over many tokens: the paper itself rep
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,8 +48,32 @@ from effkit.attention._recurrent import (
     to_chunks,
     widen,
 )
+from effkit.attention._swap import DecayingConfig
 from effkit.attention.mamba2 import log_decay, sizes, supports
 from effkit.ops import Case, Op, register
+
+
+@dataclass(frozen=True)
+class LogLinearAttentionConfig(DecayingConfig):
+    """Puts log-linear attention in the place of a trained model's: `apply(model, LogLinearAttentionConfig())`.
+
+        o_t = sum_s w_ts v_s / sum_s w_ts
+        w_ts = level_scales[t, level(t, s)] exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
+
+    phi are learned maps of positive features (`HedgehogFeatureMap`); level_scales = softplus(W x + b) for each head and
+    level and g as in `SSDConfig`, with W = 0. A level holds twice as many tokens as the one below. The scales start at
+    2 ** -level, so that all blocks of the past weigh alike and near tokens more than far ones, as in trained attention;
+    the gates start nearly open. max_length, by default the model's max_position_embeddings, is the longest sequence
+    for which there are levels. layers and backend as in `RecurrentConfig`.
+    """
+
+    half_lives: tuple[float, float] = (16.0, 4096.0)
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and (type(self.max_length) is not int or self.max_length < 1):
+            raise ValueError(f"LogLinearAttentionConfig: max_length is {self.max_length!r}, expected None or above 0")
 
 
 def log_linear_attention_reference(

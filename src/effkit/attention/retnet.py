@@ -13,6 +13,7 @@ with softmax attention, as in every state of fixed size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from effkit.attention._recurrent import (
     widen,
     zero_rest,
 )
+from effkit.attention._swap import DecayingConfig
 from effkit.attention.grouped_query import rotary_embedding
 from effkit.attention.mamba2 import BENCH, first_memory, flops, sizes, ssd_torch, supports, traffic
 from effkit.ops import Case, Op, register
@@ -198,6 +200,18 @@ class MultiScaleRetention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, rope_theta={self.rope_theta}"
+
+
+@dataclass(frozen=True)
+class RetentionConfig(DecayingConfig):
+    """Puts retention in the place of a trained model's attention: `apply(model, RetentionConfig(layers=(1, 3)))`.
+
+        o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = 2 ** ((s - t) / half_life_h) phi(q_t) . phi(k_s)
+
+    phi are learned maps of positive features (`HedgehogFeatureMap`). half_lives are fixed, in tokens: those of the
+    first head and the last. Trained attention looks at near tokens far more than at others; on the zoo's model the
+    default spread comes closest to it. layers and backend as in `RecurrentConfig`.
+    """
 
 
 _STATE = dict(return_state=True)
