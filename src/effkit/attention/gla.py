@@ -16,6 +16,7 @@ state of fixed size (Arora et al., arXiv 2402.18668).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from effkit.attention._recurrent import (
     to_chunks,
     widen,
 )
+from effkit.attention._swap import DecayingConfig
 from effkit.attention.mamba2 import first_memory, log_decay, sizes
 from effkit.ops import Case, Op, register
 
@@ -232,6 +234,24 @@ class GatedLinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, gate_normalizer={self.gate_normalizer}"
+
+
+@dataclass(frozen=True)
+class GatedLinearAttentionConfig(DecayingConfig):
+    """Puts gated linear attention, a decay per channel and step, into a trained model.
+
+        o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = sum_d phi(q_t)_d phi(k_s)_d exp(g_{s+1, d} + ... + g_{t, d})
+
+    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W2 W1 x + b) with W1 of gate_rank
+    rows, W2 = 0 and b as half_lives say: it starts as `RetentionConfig`. layers and backend as in `RecurrentConfig`.
+    """
+
+    gate_rank: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.gate_rank) is not int or self.gate_rank < 1:
+            raise ValueError(f"GatedLinearAttentionConfig: gate_rank is {self.gate_rank!r}, expected at least 1")
 
 
 def _flops(case: Case) -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ from effkit.attention._recurrent import (
     widen,
     zero_rest,
 )
+from effkit.attention._swap import DecayingConfig
 from effkit.attention._swap import DecayingConfig
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
@@ -261,6 +263,18 @@ class Mamba2(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, state_size={self.state_size}, head_dim={self.head_dim}, n_groups={self.n_groups}"
+
+
+@dataclass(frozen=True)
+class SSDConfig(DecayingConfig):
+    """Puts gated linear attention, a decay per head and step, into a trained model: `apply(model, SSDConfig())`.
+
+        o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
+
+    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W x + b) with W = 0 and b as
+    half_lives say: it starts as `RetentionConfig` and learns from there to forget where the text says so. layers and
+    backend as in `RecurrentConfig`.
+    """
 
 
 @dataclass(frozen=True)
