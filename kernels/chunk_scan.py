@@ -99,20 +99,25 @@ def _chunk_segments(
     if c_ptr is not None:
         c_ptr += (b * H + h) * N * 2 * C
     memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    factor = 1.0
-    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+    first = segment * length
+    stop = tl.minimum(first + length, N)
+    for m in range(first, stop):
         n = m
         if REVERSE:
             n = N - 1 - m
         memory = _advance(
             memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale, K, V, C, BLOCK_K, BLOCK_V, REVERSE
         )
-        if c_ptr is not None:
-            factor *= across(c_ptr + tl.cast(n, tl.int64) * 2 * C, C)
     at = (b * H + h) * segments + segment
     store_block(ends_ptr + at * K * V + k * V + v, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
     if factors_ptr is not None:
-        tl.store(factors_ptr + at, factor, mask=k + v == 0)
+        total = tl.zeros([64], tl.float32)
+        for m in range(first, stop, 64):
+            chunks = m + tl.arange(0, 64)
+            last_ptrs = c_ptr + tl.where(REVERSE, N - 1 - chunks, chunks).to(tl.int64) * 2 * C + C - 1
+            total += tl.load(last_ptrs, mask=chunks < stop, other=0.0)
+            total += tl.load(last_ptrs + C, mask=chunks < stop, other=0.0)
+        tl.store(factors_ptr + at, tl.exp(tl.sum(total)), mask=k + v == 0)
 
 
 # One program owns a tile of one head's memory and one segment of chunks. It adds up what the segments before its own
@@ -143,7 +148,8 @@ def _chunk_memories(
             memory += load_block(ends_ptr + at * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
     if c_ptr is not None:
         c_ptr += bh * N * 2 * C
-    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+    first = segment * length
+    for m in range(first, tl.minimum(first + length, N)):
         n = m
         if REVERSE:
             n = N - 1 - m
