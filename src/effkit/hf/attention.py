@@ -277,7 +277,7 @@ def _switch(model: PreTrainedModel, config: SoftmaxAttentionConfig, data: Iterab
         raise ValueError("it does not use transformers' attention interface")
     for module in model.modules():
         setattr(module, _OPTIONS, config)
-    calls = _probe(model, data)
+    calls = probe(model, data)
     if not calls:
         raise ValueError("it computes attention itself, whatever its config says")
     if model.main_input_name == "input_ids" and any(mask is None for _, mask in calls):
@@ -297,7 +297,7 @@ def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
             waiting += [part for part in parts if part is not None]
 
 
-def _probe(model: PreTrainedModel, data: Iterable[Any] | None) -> list[tuple[nn.Module, Any]]:
+def probe(model: PreTrainedModel, data: Iterable[Any] | None) -> list[tuple[nn.Module, Any]]:
     """Runs the model once, without gradients and in eval mode; the modules that called effkit, with their masks."""
     global _calls
     inputs = _probe_inputs(model, data)

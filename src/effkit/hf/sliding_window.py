@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from effkit.attention.sliding_window import SlidingWindowConfig
 from effkit.attention.softmax import SoftmaxAttentionConfig
 from effkit.change import Edit
-from effkit.hf.attention import options_of, set_options, use_attention
+from effkit.hf.attention import options_of, probe, set_options, use_attention
 from effkit.hf.window_cache import WindowLayer
 
 
@@ -30,17 +30,18 @@ def use_window(model: nn.Module, config: SlidingWindowConfig, data: Iterable[Any
     """Handler of SlidingWindowConfig: effkit attention in the whole model, the window on the chosen layers."""
     before = {module: options_of(module) for module in model.modules()}
     edit = use_attention(model, SoftmaxAttentionConfig(backend=config.backend), data)
-    assert edit.undo is not None
+    assert isinstance(model, PreTrainedModel) and edit.undo is not None  # use_attention has made sure of it
     try:
         chosen = _chosen(model, edit.matched, config)
+        for path in edit.matched:
+            module = model.get_submodule(path)
+            own = config if path in chosen else before[module]  # perhaps a window that an earlier change has put there
+            if own is not None:
+                set_options(module, own)
+        probe(model, data)  # what does not go with sink_tokens raises
     except BaseException:
         edit.undo()
         raise
-    for path in edit.matched:
-        module = model.get_submodule(path)
-        own = config if path in chosen else before[module]  # perhaps a window that an earlier change has put there
-        if own is not None:
-            set_options(module, own)
     modules = [model.get_submodule(path) for path in chosen]
     handles = [
         model.register_forward_pre_hook(functools.partial(_forget_before, modules), with_kwargs=True),
