@@ -145,6 +145,28 @@ def test_rivals_say_what_they_cannot(attention):
     assert "64.0 GiB" in resolve(attention.rivals["transformers eager"]).cannot(q=long, k=long, v=long)
 
 
+@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule"])
+def test_rivals_of_recurrent_ops_compute_the_same(name):
+    op = load_ops()[name]
+    case = dataclasses.replace(op.case("primes"), options={}, given=())
+    inputs = make_inputs(op, case, torch.float32)
+    rival = resolve(op.rivals["transformers"])
+    assert rival.cannot(**inputs) is None
+    assert_equivalent(
+        rival, lambda **tensors: op.function(**tensors, backend="reference"), inputs, grads=("q", "k", "v")
+    )
+    assert "initial_state" in rival.cannot(**inputs, initial_state=torch.zeros(()))
+    assert resolve(op.rivals["fla"]).cannot(**inputs) in ("for CUDA only", "flash-linear-attention is not installed")
+
+
+def test_dense_attention_stands_beside_recurrent_ops_as_another_function():
+    op = load_ops()["ssd"]
+    case = dataclasses.replace(op.case("primes"), options={}, given=())
+    found = bench.run(op, case, device=CPU, dtype=torch.float32, rivals=["dense sdpa"], seconds=0.01)
+    agrees = {(row["provider"], row["mode"]): row["judged"]["agrees"] for row in found.rows}
+    assert agrees["dense sdpa", "forward+backward"] is False and agrees["effkit torch", "forward"] is True
+
+
 @pytest.mark.parametrize("given", [(), ("weight",), ("weight", "bias")])
 def test_the_eager_rival_of_dynamic_tanh_computes_the_same(given):
     op = load_ops()["dynamic_tanh"]

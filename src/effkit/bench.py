@@ -344,7 +344,7 @@ def _call(op: Op, provider: Provider, case: Case, inputs: Mapping[str, Tensor], 
         outputs = [outputs] if isinstance(outputs, Tensor) else [out for out in outputs if out is not None]
         if not cotangents:
             cotangents.extend(torch.randn_like(out) for out in outputs)
-        return torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        return torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
 
     return both
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effkit.attention.linear import FEATURE_MAPS
 from effkit.ops import resolve
 
 
@@ -83,6 +85,67 @@ def sdpa_in_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = Non
     positions = None if global_tokens is None else tuple(map(tuple, global_tokens.tolist()))
     mask = _window_mask(q.shape[2], k.shape[2], positions, q.device, **options)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _more_than_sequences(**arguments: Any) -> str | None:
+    """Reason against arguments of a recurrent op beyond its tensors at each token and their scale."""
+    per_token = ("q", "k", "v", "g", "beta", "level_scales", "scale")
+    more = [name for name, value in arguments.items() if value is not None and name not in per_token]
+    return f"does not take {', '.join(more)}" if more else None
+
+
+def _no_fla(q: Tensor, **arguments: Any) -> str | None:
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed"
+    return _more_than_sequences(**arguments) if q.is_cuda else "for CUDA only"
+
+
+@rival(_more_than_sequences)
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Causal softmax attention in the place of a recurrent op: another function, but what a model has without it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@rival(_more_than_sequences)
+def transformers_ssd(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """What transformers' Mamba-2 computes without mamba_ssm, chunks of its default. Steps of 1 leave v and g alone."""
+    scan = inspect.unwrap(resolve("transformers.models.mamba2.modeling_mamba2:mamba2_chunk_scan"))
+    q, k, v, g = (x.transpose(1, 2) for x in (q, k, v, g))
+    return scan(v, torch.ones_like(g), g, k, q, chunk_size=256).transpose(1, 2).to(v.dtype)
+
+
+@rival(_more_than_sequences)
+def transformers_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """What transformers' Qwen3-Next computes without flash-linear-attention."""
+    chunked = inspect.unwrap(resolve("transformers.models.qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule"))
+    q, k, v, g, beta = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+    return chunked(q, k, v, g, beta)[0].transpose(1, 2)
+
+
+def _fla(path: str, **fixed: Any) -> Rival:
+    """The kernel of flash-linear-attention behind "folder:function". Its layout is [B, T, H, ...]: views of ours."""
+
+    def call(**arguments: Any) -> Tensor:
+        kernel = resolve(f"fla.ops.{path}")
+        views = {name: x.transpose(1, 2) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        return kernel(**views, **fixed)[0].transpose(1, 2)
+
+    return Rival(call, _no_fla)
+
+
+fla_ssd = _fla("simple_gla:chunk_simple_gla", scale=1.0)
+fla_retention = _fla("retention:chunk_retention")
+fla_gated_linear_attention = _fla("gla:chunk_gla")
+fla_delta_rule = _fla("delta_rule:chunk_delta_rule")
+fla_gated_delta_rule = _fla("gated_delta_rule:chunk_gated_delta_rule")
+fla_log_linear_attention = _fla("log_linear_attn:chunk_log_linear_attn")
+
+
+@rival(_no_fla)
+def fla_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel of flash-linear-attention behind the features of elu + 1, which it leaves to its callers."""
+    phi = FEATURE_MAPS["elu+1"]
+    return _fla("linear_attn:chunk_linear_attn", scale=1.0).call(q=phi(q), k=phi(k), v=v)
 
 
 class _Layer(nn.Module):

@@ -394,6 +394,10 @@ DELTA_RULE = register(
         traffic=traffic,
         draw={"k": unit_length, "beta": torch.sigmoid},
     )
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "fla": "effkit.rivals:fla_delta_rule",
+        },
 )
 
 GATED_DELTA_RULE = register(
@@ -415,4 +419,9 @@ GATED_DELTA_RULE = register(
         traffic=traffic,
         draw={"k": unit_length, "beta": torch.sigmoid, "g": log_decay},
     )
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "transformers": "effkit.rivals:transformers_gated_delta_rule",
+            "fla": "effkit.rivals:fla_gated_delta_rule",
+        },
 )

@@ -40,7 +40,7 @@ from effkit.attention._recurrent import (
     widen,
 )
 from effkit.attention._swap import DecayingConfig
-from effkit.attention.mamba2 import first_memory, log_decay, sizes
+from effkit.attention.mamba2 import bench_cases, first_memory, log_decay, sizes
 from effkit.ops import Case, Op, register
 
 
@@ -288,10 +288,7 @@ _CASES = (
     Case("strided", sizes(1, 2, 33, 32), _STATE, layout="strided"),
     Case("long", sizes(2, 4, 4099, 128, 256), _STATE, ("initial_state",), large=True),
 )
-_BENCH = tuple(
-    Case(f"T={T}", sizes(1, 4, T, 64, 128), large=large)
-    for T, large in ((2048, False), (4096, False), (8192, False), (16384, True), (32768, True))
-)
+_BENCH = bench_cases(lambda T: sizes(1, 4, T, 64, 128))
 
 GATED_LINEAR_ATTENTION = register(
     Op(
@@ -312,3 +309,7 @@ GATED_LINEAR_ATTENTION = register(
         draw={"g": log_decay},
     )
 )
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "fla": "effkit.rivals:fla_gated_linear_attention",
+        },

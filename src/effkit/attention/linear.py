@@ -37,7 +37,7 @@ from effkit.attention._recurrent import (
 )
 from effkit.attention._swap import RecurrentConfig
 from effkit.attention.grouped_query import rotary_embedding
-from effkit.attention.mamba2 import first_memory, flops, sizes, ssd_torch, supports, traffic
+from effkit.attention.mamba2 import BENCH, first_memory, flops, sizes, ssd_torch, supports, traffic
 from effkit.ops import Case, Op, register
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -428,10 +428,6 @@ _CASES = (
     Case("strided", sizes(1, 2, 33, 32), _STATE, layout="strided"),
     Case("long", sizes(2, 8, 4099, 128, 64), _STATE, large=True),
 )  # fmt: skip
-_BENCH = tuple(
-    Case(f"T={T}", sizes(1, 8, T, 64), large=large)
-    for T, large in ((2048, False), (4096, False), (8192, False), (16384, True), (32768, True))
-)
 
 LINEAR_ATTENTION = register(
     Op(
@@ -446,9 +442,13 @@ LINEAR_ATTENTION = register(
         torch=linear_attention_torch,
         supports=supports,
         cases=_CASES,
-        bench=_BENCH,
+        bench=BENCH,
         grads=("q", "k", "v", "initial_state"),
         flops=flops,
         traffic=traffic,
     )
 )
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "fla": "effkit.rivals:fla_linear_attention",
+        },

@@ -15,7 +15,7 @@ softmax attention of the same size (Arora et al., arXiv 2402.18668); hybrids kee
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +45,6 @@ from effkit.attention._recurrent import (
     widen,
     zero_rest,
 )
-from effkit.attention._swap import DecayingConfig
 from effkit.attention._swap import DecayingConfig
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
@@ -277,18 +276,6 @@ class SSDConfig(DecayingConfig):
     """
 
 
-@dataclass(frozen=True)
-class SSDConfig(DecayingConfig):
-    """Puts gated linear attention, a decay per head and step, into a trained model: `apply(model, SSDConfig())`.
-
-        o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
-
-    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W x + b) with W = 0 and b as
-    half_lives say: it starts as `RetentionConfig` and learns from there to forget where the text says so. layers and
-    backend as in `RecurrentConfig`.
-    """
-
-
 class _GatedNorm(nn.Module):
     """weight * rms_norm(y * silu(z)), each group of channels by itself."""
 
@@ -363,10 +350,15 @@ _CASES = (
     Case("strided", sizes(1, 2, 33, 32), _STATE, layout="strided"),
     Case("long", sizes(2, 8, 4099, 128, 64), _STATE, ("initial_state",), large=True),
 )
-BENCH = tuple(
-    Case(f"T={T}", sizes(1, 8, T, 64), large=large)
-    for T, large in ((2048, False), (4096, False), (8192, False), (16384, True), (32768, True))
-)
+
+
+def bench_cases(sizes_at: Callable[[int], dict[str, int]]) -> tuple[Case, ...]:
+    """Lengths from 1k to 32k, in the layout in memory [B, T, H, D] in which projections leave their results."""
+    lengths = (1024, 2048, 4096, 8192, 16384, 32768)
+    return tuple(Case(f"T={T}", sizes_at(T), layout="transposed", large=T > 8192) for T in lengths)
+
+
+BENCH = bench_cases(lambda T: sizes(1, 8, T, 64))
 
 SSD = register(
     Op(
@@ -387,5 +379,10 @@ SSD = register(
         flops=flops,
         traffic=traffic,
         draw={"g": log_decay},
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "transformers": "effkit.rivals:transformers_ssd",
+            "fla": "effkit.rivals:fla_ssd",
+        },
     )
 )

@@ -242,6 +242,7 @@ RETENTION = register(
         function=retention,
         reference=retention_reference,
         torch=retention_torch,
+        triton="effkit.kernels.chunk_scan:retention",
         supports=supports,
         cases=_CASES,
         bench=BENCH,
@@ -249,5 +250,9 @@ RETENTION = register(
         flops=flops,
         traffic=traffic,
         draw={"decay": lambda x: -x.abs() / 4},
+        rivals={
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "fla": "effkit.rivals:fla_retention",
+        },
     )
 )
