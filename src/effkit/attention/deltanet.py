@@ -393,11 +393,11 @@ DELTA_RULE = register(
         flops=flops,
         traffic=traffic,
         draw={"k": unit_length, "beta": torch.sigmoid},
-    )
         rivals={
             "dense sdpa": "effkit.rivals:dense_sdpa",
             "fla": "effkit.rivals:fla_delta_rule",
         },
+    )
 )
 
 GATED_DELTA_RULE = register(
@@ -418,10 +418,10 @@ GATED_DELTA_RULE = register(
         flops=flops,
         traffic=traffic,
         draw={"k": unit_length, "beta": torch.sigmoid, "g": log_decay},
-    )
         rivals={
             "dense sdpa": "effkit.rivals:dense_sdpa",
             "transformers": "effkit.rivals:transformers_gated_delta_rule",
             "fla": "effkit.rivals:fla_gated_delta_rule",
         },
+    )
 )

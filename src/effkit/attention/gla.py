@@ -307,9 +307,9 @@ GATED_LINEAR_ATTENTION = register(
         flops=_flops,
         traffic=_traffic,
         draw={"g": log_decay},
-    )
-)
         rivals={
             "dense sdpa": "effkit.rivals:dense_sdpa",
             "fla": "effkit.rivals:fla_gated_linear_attention",
         },
+    )
+)

@@ -446,9 +446,9 @@ LINEAR_ATTENTION = register(
         grads=("q", "k", "v", "initial_state"),
         flops=flops,
         traffic=traffic,
-    )
-)
         rivals={
             "dense sdpa": "effkit.rivals:dense_sdpa",
             "fla": "effkit.rivals:fla_linear_attention",
         },
+    )
+)
