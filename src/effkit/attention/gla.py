@@ -254,6 +254,17 @@ class GatedLinearAttentionConfig(DecayingConfig):
             raise ValueError(f"GatedLinearAttentionConfig: gate_rank is {self.gate_rank!r}, expected at least 1")
 
 
+def _supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:
+    """Why the kernels cannot run, or None."""
+    if q.dtype == torch.float64:
+        return "float64 has no kernel"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"widths {q.shape[3]} and {v.shape[3]}: the kernels hold up to 256"
+    if chunk_size not in (16, 32, 64):
+        return f"chunk_size is {chunk_size}, the kernels have 16, 32, 64"
+    return None
+
+
 def _flops(case: Case) -> float:
     """Products within chunks, and with the states between them."""
     n: Any = case.sizes
@@ -301,6 +312,8 @@ GATED_LINEAR_ATTENTION = register(
         function=gated_linear_attention,
         reference=gated_linear_attention_reference,
         torch=gated_linear_attention_torch,
+        triton="effkit.kernels.chunk_gla:gated_linear_attention",
+        supports=_supports,
         cases=_CASES,
         bench=_BENCH,
         grads=("q", "k", "v", "g", "initial_state"),
