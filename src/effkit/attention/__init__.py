@@ -14,6 +14,7 @@ from effkit.attention.grouped_query import (
 )
 from effkit.attention.linear import FEATURE_MAPS, HedgehogFeatureMap, LinearAttention, linear_attention
 from effkit.attention.log_linear import log_linear_attention
+from effkit.attention.log_linear_delta import log_linear_gated_delta_rule
 from effkit.attention.longformer import LongformerAttention
 from effkit.attention.mamba2 import Mamba2, ssd
 from effkit.attention.retnet import MultiScaleRetention, default_decay, retention
@@ -47,6 +48,7 @@ __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "log_linear_attention",
+    "log_linear_gated_delta_rule",
     "mha_to_gqa",
     "retention",
     "rotary_embedding",

@@ -93,6 +93,36 @@ def level(t: Tensor, s: Tensor) -> Tensor:
     return torch.frexp((t ^ s).double()).exponent.long()
 
 
+def scales_of_past(level_scales: Tensor, state: LogLinearState) -> tuple[Tensor, Tensor]:
+    """level_scales at each pair of tokens [B, H, T, T], 0 for later ones, and at the blocks of a state [B, H, T, L].
+
+    A block counts as the token where it begins: later tokens see all of its tokens at one level.
+    """
+    t = state.position[:, None] + torch.arange(level_scales.shape[2], device=level_scales.device)  # [B, T]
+    pairs = level(t[:, :, None], t[:, None]).tril()
+    blocks = level(t[:, :, None], _block_begins(state)[:, None])
+    heads = level_scales.shape[1]
+    of_tokens, of_blocks = (level_scales.gather(3, x[:, None].expand(-1, heads, -1, -1)) for x in (pairs, blocks))
+    return of_tokens.tril(), of_blocks
+
+
+def after_tokens(state: LogLinearState, k: Tensor, v: Tensor, memory: Tensor) -> LogLinearState:
+    """The state after tokens that add k_t v_t^T: k and the old memory as the last token leaves them."""
+    L, T = memory.shape[2], k.shape[2]
+    last = state.position[:, None] + T - 1
+    begins = torch.cat((_block_begins(state), state.position[:, None] + torch.arange(T, device=k.device)), dim=1)
+    at = level(last, begins)[:, None] == torch.arange(L, device=k.device)[:, None]  # [B, L, L + T]
+    old, new = at.to(k.dtype).split((L, T), dim=2)
+    added = torch.einsum("blt, bhtk, bhtv -> bhlkv", new, k, v)
+    return LogLinearState(torch.einsum("blm, bhmkv -> bhlkv", old, memory) + added, state.position + T)
+
+
+def _block_begins(state: LogLinearState) -> Tensor:
+    """The first token of the block at each level, [B, L]; any token where a level is empty."""
+    levels = torch.arange(state.memory.shape[2], device=state.position.device)
+    return (state.position - 1).clamp_min(0)[:, None] >> levels << levels
+
+
 def past_blocks(last: int) -> dict[int, slice]:
     """The tokens of each block up to token `last`, by its level for that token; none where last is -1."""
     blocks = {0: slice(last, last + 1)} if last >= 0 else {}
@@ -155,14 +185,14 @@ def _in_pieces(
     split = zip(*(x.split([length for length, _ in pieces], dim=2) for x in tensors), strict=True)
     outs = [v[:, :, :0]]
     for (length, C), parts in zip(pieces, split, strict=True):
-        o, blocks = piece(_carried(blocks, position), C, *parts)
+        o, blocks = piece(carried(blocks, position), C, *parts)
         outs.append(o)
         position += length
     empty = torch.zeros_like(memory[:, :, 0])
     return torch.cat(outs, 2), torch.stack([blocks.get(i, empty) for i in range(memory.shape[2])], 2)
 
 
-def _carried(blocks: Blocks, position: int) -> Blocks:
+def carried(blocks: Blocks, position: int) -> Blocks:
     """The blocks as the token at `position` finds them."""
     joined = [block for i, block in blocks.items() if position % (1 << i) == 0]
     if not joined:
@@ -172,13 +202,13 @@ def _carried(blocks: Blocks, position: int) -> Blocks:
 
 
 def recurrence(
+    initial: LogLinearState | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor | None,
     level_scales: Tensor,
-    initial: LogLinearState | None,
 ) -> tuple[Tensor, LogLinearState]:
     """One token after the other, for rows at any positions, which stay on the device. With beta the delta rule."""
     memory, position = empty_state(k, v, level_scales) if initial is None else initial
@@ -202,7 +232,7 @@ def recurrence(
 
 
 def _merged(memory: Tensor, position: Tensor) -> Tensor:
-    """`_carried` for rows at different positions [B]: memory [B, H, L, K, V]."""
+    """`carried` for rows at different positions [B]: memory [B, H, L, K, V]."""
     size = 1 << torch.arange(memory.shape[2], device=position.device)
     lowest = (position & -position)[:, None]
     joins, into = (x[:, None, :, None, None] for x in (size <= lowest, size == 2 * lowest))

@@ -25,15 +25,16 @@ from torch.nn import functional as F
 from effkit.attention._fenwick import (
     Blocks,
     LogLinearState,
+    after_tokens,
     check,
     empty_state,
-    level,
     levels_for,
     one_by_one,
     past_blocks,
     read,
     recurrence,
     resume,
+    scales_of_past,
     spare_levels,
     within_chunk,
 )
@@ -42,7 +43,6 @@ from effkit.attention._recurrent import (
     check_scale,
     cumulative_decay,
     expand_heads,
-    next_position,
     pair_decay,
     run,
     to_chunks,
@@ -88,37 +88,18 @@ def log_linear_attention_reference(
     chunk_size: int,
 ) -> tuple[Tensor, LogLinearState]:
     """The masked product; a block of the state counts as one more token, standing where the block begins."""
-    dtype, heads, T = v.dtype, max(q.shape[1], k.shape[1], v.shape[1]), q.shape[2]
+    dtype, heads = v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
     q, k, v, level_scales = widen(*(expand_heads(x, heads) for x in (q, k, v)), level_scales)
     state = empty_state(k, v, level_scales) if initial_state is None else initial_state
     memory = state.memory.to(q.dtype)
-    t = state.position[:, None] + torch.arange(T, device=q.device)  # [B, T]
-    begins = _block_begins(state)  # [B, L]
-    c = cumulative_decay(g)
-    scores = scale * (q @ k.mT) * pair_decay(c, q.dtype)
-    o = (scores * _pick(level_scales, level(t[:, :, None], t[:, None]).tril())) @ v
-    seen = _pick(level_scales, level(t[:, :, None], begins[:, None])) * c.to(q.dtype).exp()[..., None]
-    o = o + scale * torch.einsum("bhtl, bhtk, bhlkv -> bhtv", seen, q, memory)
-
-    last, total = state.position[:, None] + T - 1, g.double().sum(-1, keepdim=True)
-    levels = torch.arange(level_scales.shape[3], device=q.device)[:, None]
-    new, old = (level(last, s)[:, None] == levels for s in (t, begins))  # [B, L, T], [B, L, L]
-    k = k * (total - c).to(q.dtype).exp()[..., None]
-    kept = total.to(q.dtype).exp()[..., None, None] * memory
-    memory = torch.einsum("blt, bhtk, bhtv -> bhlkv", new.to(q.dtype), k, v)
-    memory = memory + torch.einsum("blm, bhmkv -> bhlkv", old.to(q.dtype), kept)
-    return o.to(dtype), LogLinearState(memory, next_position(q, initial_state))
-
-
-def _pick(level_scales: Tensor, levels: Tensor) -> Tensor:
-    """level_scales [B, H, T, L] at levels [B, T, S]: [B, H, T, S]."""
-    return level_scales.gather(3, levels[:, None].expand(-1, level_scales.shape[1], -1, -1))
-
-
-def _block_begins(state: LogLinearState) -> Tensor:
-    """The first token of the block at each level, [B, L]; something in range where a level is empty."""
-    levels = torch.arange(state.memory.shape[2], device=state.position.device)
-    return ((state.position - 1).clamp_min(0)[:, None] >> levels) << levels
+    of_tokens, of_blocks = scales_of_past(level_scales, state)
+    c, total = cumulative_decay(g), g.double().sum(-1, keepdim=True)
+    o = (scale * (q @ k.mT) * pair_decay(c, q.dtype) * of_tokens) @ v
+    decayed = scale * q * c.to(q.dtype).exp()[..., None]  # from before the first token
+    o = o + torch.einsum("bhtl, bhtk, bhlkv -> bhtv", of_blocks, decayed, memory)
+    k = k * (total - c).to(q.dtype).exp()[..., None]  # to the last token
+    memory = total.to(q.dtype).exp()[..., None, None] * memory
+    return o.to(dtype), after_tokens(state, k, v, memory)
 
 
 def log_linear_attention_torch(
@@ -137,7 +118,7 @@ def log_linear_attention_torch(
     q, k, v, level_scales = widen(*(expand_heads(x, heads) for x in (q * scale, k, v)), level_scales)
     level_scales = level_scales.to(q.dtype)
     if one_by_one(q, initial_state):
-        o, state = recurrence(q, k, v, g, None, level_scales, initial_state)
+        o, state = recurrence(initial_state, q, k, v, g, None, level_scales)
     else:
         o, state = resume(_piece, (q, k, v, g, level_scales), initial_state, chunk_size)
     return o.to(dtype), state
@@ -163,8 +144,9 @@ def _piece(
         o = o + read(weights, q.flatten(2, 3), list(blocks.values()))
     kept = after[..., -1, None, None].to(q.dtype).exp()
     found |= {i: kept * block for i, block in blocks.items()}
-    for i, tokens in past_blocks(T - 1 - (c.shape[2] - 1) * C).items():  # of the last chunk
-        found[i] = k[:, :, -1, tokens].mT @ v[:, :, -1, tokens]
+    k, v = k[:, :, -1], v[:, :, -1]
+    for i, tokens in past_blocks((T - 1) % C).items():
+        found[i] = k[:, :, tokens].mT @ v[:, :, tokens]
     return o[:, :, :T], found
 
 
