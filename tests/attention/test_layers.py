@@ -169,7 +169,8 @@ def test_layer_continues_from_its_state(name: str, cuts: tuple[int, ...]) -> Non
 @each_layer
 def test_packed_layer_equals_separate_calls(name: str) -> None:
     module, bounds = layer(name), (0, 1, 1, 20, 37)
-    _, first = module(draw(4, 3, 12, seed=1), return_state=True)
+    before = torch.tensor([0, 3, 4, 4, 9])  # sequences that have read 3, 1, 0 and 5 tokens
+    _, first = module(draw(1, 9, 12, seed=1), return_state=True, cu_seqlens=before)
 
     def packed(**named: Tensor) -> Any:
         return called(module, named, state=first, return_state=True, cu_seqlens=torch.tensor(bounds))
