@@ -47,13 +47,15 @@ class Bug:
     backend: str = "torch"
 
 
-SOFTMAX, BLOCKS, MASK = (f"effkit/attention/{name}.py" for name in ("softmax", "_blocks", "_mask"))
+SOFTMAX, BLOCKS, MASK, WINDOW, SELECTION = (
+    f"effkit/attention/{name}.py" for name in ("softmax", "_blocks", "_mask", "sliding_window", "_selection")
+)
 DYT = "effkit/norm/dyt.py"
 RECURRENT, SSD, LINEAR, RETNET = (
     f"effkit/attention/{name}.py" for name in ("_recurrent", "mamba2", "linear", "retnet")
 )
-KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "dyt")
-COMMON, TILES, BACKWARD, DECODE, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
+KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
+COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -61,8 +63,10 @@ BUGS = (
     Bug("key decayed twice", SSD, "(c[..., -1:] - c)", "(c[..., -1:] - c + c[..., :1])", ("several chunks",), "ssd"),
     Bug("eps forgotten", LINEAR, "(o[..., width:] + eps)", "o[..., width:]", ("relu",), "linear_attention"),
     Bug("decay of another", RETNET, "decay[None, :, None]", "decay.flip(0)[None, :, None]", ("primes",), "retention"),
-    Bug("window loses a key", MASK, "offset - self.window + 1", "offset - self.window + 2", ("window, blocks",)),
-    Bug("last key out of range", MASK, "row_end + self.offset if", "row_end + self.offset - 1 if", ("softcap",)),
+    Bug("window loses a key", MASK, "row + self.offset - before", "row + self.offset - before + 1",
+        ("window, blocks",)),
+    Bug("last key out of range", MASK, "row_end + self.offset + after", "row_end + self.offset - 1 + after",
+        ("softcap",)),
     Bug("diagonal not masked", MASK, "key_end - 1 > row + self", "key_end > row_end + self", ("softcap",)),
     Bug("padding kept", MASK, "gone | (j >= self.lengths)", "gone | (j >= self.lengths - 1)", ("right padding",)),
     Bug("sink not counted", BLOCKS, "total + torch.exp(sink - top)", "total + 0 * torch.exp(sink - top)", ("sinks",)),
@@ -75,6 +79,26 @@ BUGS = (
     Bug("tail of a packed batch", SOFTMAX, "q.shape[2] - bounds[-1]", "q.shape[2] - bounds[-2]", ("packed",)),
     Bug("empty row divides", BLOCKS, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
         ("rows that see nothing",)),
+    *(
+        replace(bug, op="sliding_window_attention")
+        for bug in (
+            Bug("left edge not masked", MASK, "key < row_end - 1 + self", "key < row + self", ("both sides",)),
+            Bug("sinks counted twice", WINDOW, " & ~in_band", "", ("sinks",)),
+            Bug("parts weighed alike", WINDOW, "share_beside * o_beside", "share * o_beside", ("sinks",)),
+            Bug("a key of a class forgotten", WINDOW, "residues + d - 1) // d", "residues) // d", ("dilated",)),
+            Bug("heads in another order", WINDOW, "x[:, back].flatten", "x.flatten", ("a dilation for each head",)),
+            Bug("rows of other tokens", SELECTION, "None], selected, x.gather(2, place))",
+                "None], x.gather(2, place), selected)", ("global tokens",)),
+        )
+    ),
+    *(
+        replace(bug, op="sliding_window_attention", backend="triton")
+        for bug in (
+            Bug("a side loses a key", WINDOW_KERNEL, "2 * window + 1", "2 * window", ("own key alone",)),
+            Bug("seen from one place short", WINDOW_KERNEL, "(sequences,), window", "(sequences,), window - 1",
+                ("both sides, packed",)),
+        )
+    ),
     *(
         replace(bug, op="dynamic_tanh")
         for bug in (
