@@ -190,9 +190,10 @@ _INTERPRETED = Tile(64, 64, 4, 1)  # few programs, yet several tiles at the widt
 
 
 def pick(table: ChunkTable, q: Tensor, v: Tensor) -> Tile:
-    """The tile for this device, element size and head width, the next of 64, 128 and 256; no wider than the heads."""
+    """The tile for this device, element size and head width, the next of 64, 128, 256; no wider than the heads."""
     K, V = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
-    tile = _INTERPRETED if INTERPRET else table[architecture(q.device), max(WIDTHS[0], K, V), q.element_size()]
+    width = min(max(WIDTHS[0], K, V), WIDTHS[-1])
+    tile = _INTERPRETED if INTERPRET else table[architecture(q.device), width, q.element_size()]
     return tile._replace(BLOCK_K=min(tile.BLOCK_K, K), BLOCK_V=min(tile.BLOCK_V, V))
 
 

@@ -16,15 +16,18 @@ and dq, dk and dv are each a product within the chunk plus one with S or G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from effkit.attention._recurrent import RecurrentState, next_position
+from effkit.attention.linear import attend
+from effkit.attention.retnet import spread
 from effkit.kernels._chunk_tiles import (
     LENGTHS,
     WIDTHS,
@@ -46,6 +49,16 @@ from effkit.kernels._chunk_tiles import (
     write_rows,
 )
 from effkit.kernels._common import INTERPRET, AotSpec, cast, distinct, multiprocessors, unit_stride
+from effkit.kernels._recurrent_ops import (
+    SHORT,
+    define,
+    empty_memory,
+    empty_output,
+    for_each_head,
+    groups,
+    strides,
+    sum_heads,
+)
 
 
 @triton.jit
@@ -365,8 +378,6 @@ def _recurrence(
     store_block(last_ptr + at, V, K, V - v, memory, BLOCK_K, BLOCK_V)
 
 
-# Fewer tokens than this are taken one by one: a chunk of them would be mostly padding.
-SHORT = 16
 _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
 
 # Tiles per (architecture, head width, bytes of an element), the width the next of 64, 128, 256; never by length or
@@ -386,32 +397,16 @@ GRADIENTS: ChunkTable = (
 )
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of batch, heads and tokens, one tensor after the other."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
-def _empty_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """o [B, H, T, V] laid out as [B, T, H, V], so that joining the heads costs no copy later."""
-    heads = max(q.shape[1], k.shape[1], v.shape[1])
-    return v.new_empty(v.shape[0], v.shape[2], heads, v.shape[3]).transpose(1, 2)
-
-
-def _empty_memory(q: Tensor, v: Tensor, heads: int, *chunks: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[B, H, *chunks, K, V]."""
-    return q.new_empty(q.shape[0], heads, *chunks, q.shape[3], v.shape[3], dtype=dtype)
-
-
 def _n_chunks(T: int, chunk_size: int) -> int:
     """Of those whose memories the forward pass leaves for the backward pass."""
     return 0 if T < SHORT else triton.cdiv(T, chunk_rows(T, chunk_size))
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    o, memories, last = _fake_forward(q, k, v, g, first, scale, chunk_size)
+    o, memories, last = _fake_forward(q, k, v, g, first, scale, chunk_size, wide)
     first = None if first is None else first.float().contiguous()
     if not o.numel():
         return o, memories, last.zero_() if first is None else last.copy_(first)
@@ -426,22 +421,23 @@ def _forward(
     N = memories.shape[2]
     with torch.cuda.device_of(q):
         _chunk_output[B * H * N,](
-            q, k, v, c, memories, o, *_strides(q, k, v, o), T, N, H, *_groups(H, q, k, v), scale,
+            q, k, v, c, memories, o, *strides(q, k, v, o), T, N, H, *groups(H, q, k, v), scale,
             K=q.shape[3], V=V, C=C, **tile._asdict(),
         )  # fmt: skip
     return o, memories, last
 
 
+def _empty_output(q: Tensor, k: Tensor, v: Tensor, wide: bool) -> Tensor:
+    o = empty_output(q, k, v)
+    return torch.empty_like(o, dtype=torch.float32) if wide else o
+
+
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int, wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o = _empty_output(q, k, v)
+    o = _empty_output(q, k, v, wide)
     n_chunks = _n_chunks(q.shape[2], chunk_size)
-    return o, _empty_memory(q, v, o.shape[1], n_chunks, dtype=q.dtype), _empty_memory(q, v, o.shape[1])
-
-
-def _groups(heads: int, *tensors: Tensor) -> tuple[int, ...]:
-    return tuple(heads // x.shape[1] for x in tensors)
+    return o, empty_memory(q, v, o.shape[1], n_chunks, dtype=q.dtype), empty_memory(q, v, o.shape[1])
 
 
 def _recur(
@@ -454,8 +450,8 @@ def _recur(
     gate_strides = (0, 0, 0) if g is None else g.stride()
     with torch.cuda.device_of(q):
         _recurrence[B * H * triton.cdiv(V, block_v),](
-            q, k, v, g, first, o, last, *_strides(q, k, v), *gate_strides, *_strides(o),
-            T, H, *_groups(H, q, k, v), scale,
+            q, k, v, g, first, o, last, *strides(q, k, v), *gate_strides, *strides(o),
+            T, H, *groups(H, q, k, v), scale,
             K=q.shape[3], V=V, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
 
@@ -483,9 +479,9 @@ def _scan(
         if segments > 1:
             ends = last.new_empty(B, H, segments, K, V)
             factors = None if c is None else last.new_empty(B, H, segments)
-            _chunk_segments[programs * segments,](a, b, c, ends, factors, *_strides(a, b), **shared)
+            _chunk_segments[programs * segments,](a, b, c, ends, factors, *strides(a, b), **shared)
         _chunk_memories[programs * segments,](
-            a, b, c, first, ends, factors, memories, last, *_strides(a, b), **shared
+            a, b, c, first, ends, factors, memories, last, *strides(a, b), **shared
         )  # fmt: skip
 
 
@@ -512,29 +508,21 @@ def _backward(
     C = chunk_rows(T, chunk_size)
     c = None if g is None else chunk_decay(g, C)
     if T < SHORT:
-        memories = _empty_memory(q, v, H, 1, dtype=q.dtype)
+        memories = empty_memory(q, v, H, 1, dtype=q.dtype)
         memories.zero_() if first is None else memories.copy_(first[:, :, None])
     N = memories.shape[2]
     dmemories = torch.empty_like(memories)
     _scan(q, do, c, dlast, dmemories, dfirst, scale, C, reverse=True)
-    each = [_for_each_head(dx, H) for dx in (dq, dk, dv)]
+    each = [for_each_head(dx, H) for dx in (dq, dk, dv)]
     tile = pick(GRADIENTS, q, v)
     with torch.cuda.device_of(q):
         _chunk_gradients[3 * B * H * N,](
-            q, k, v, do, c, memories, dmemories, *each, dg_parts, *_strides(q, k, v, do, *each), dg.numel(),
-            T, N, H, *_groups(H, q, k, v), scale, K=q.shape[3], V=V, C=C, **tile._asdict(),
+            q, k, v, do, c, memories, dmemories, *each, dg_parts, *strides(q, k, v, do, *each), dg.numel(),
+            T, N, H, *groups(H, q, k, v), scale, K=q.shape[3], V=V, C=C, **tile._asdict(),
         )  # fmt: skip
     for dx, heads in zip((dq, dk, dv), each, strict=True):
-        if heads is not dx:
-            dx.copy_(heads.unflatten(1, (dx.shape[1], -1)).sum(2))
+        sum_heads(dx, heads)
     return dq, dk, dv, torch.sum(dg_parts, 0, out=dg), dfirst
-
-
-def _for_each_head(dx: Tensor, heads: int) -> Tensor:
-    """Where the gradient of each head goes: dx itself, or float32 to be summed over the heads that share one of dx."""
-    if dx.shape[1] == heads:
-        return dx
-    return dx.new_empty(dx.shape[0], heads, *dx.shape[2:], dtype=torch.float32)
 
 
 def _fake_backward(
@@ -543,49 +531,22 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(unit_stride(x)) for x in (q, k, v))
     dg = do.new_empty(do.shape[:3] if g is not None else (0,), dtype=torch.float32)
-    return dq, dk, dv, dg, _empty_memory(q, v, do.shape[1])
+    return dq, dk, dv, dg, empty_memory(q, v, do.shape[1])
 
 
-_library = torch.library.Library("effkit", "FRAGMENT")
-
-
-def _define(name: str, tensors: str, outputs: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    _library.define(f"{name}({tensors}, float scale, int chunk_size) -> ({outputs})")
-    # The interpreter works on tensors in main memory; without it they have no kernel, and the dispatcher says so.
-    _library.impl(name, run, "CPU" if INTERPRET else "CUDA")
-    op = getattr(torch.ops.effkit, name).default
-    torch.library.register_fake(op, fake, lib=_library)
-    torch.library.register_vmap(op, _vmap(op), lib=_library)
-    return op
-
-
-def _vmap(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
-    """The batching rule of an operator: what is mapped joins the batch."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-
-        def fold(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-        outputs = run(*(fold(x, dim) for x, dim in zip(args, in_dims, strict=True)))
-        return tuple(x.unflatten(0, (size, -1)) for x in outputs), (0,) * len(outputs)
-
-    return rule
-
-
-_forward_op = _define(
+_OPTIONS = "float scale, int chunk_size"
+_forward_op = define(
     "ssd_forward",
     "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? first",
+    f"{_OPTIONS}, bool wide",
     "Tensor o, Tensor memories, Tensor last",
     _forward,
     _fake_forward,
 )
-_backward_op = _define(
+_backward_op = define(
     "ssd_backward",
     "Tensor do, Tensor? dlast, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? first, Tensor memories",
+    _OPTIONS,
     "Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dfirst",
     _backward,
     _fake_backward,
@@ -597,13 +558,14 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(q, k, v, g, first, scale, chunk_size)
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None,
+        scale: float, chunk_size: int, wide: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return _forward_op(q, k, v, g, first, scale, chunk_size, wide)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.chunk_size = inputs
+        *tensors, ctx.scale, ctx.chunk_size, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1])
@@ -611,12 +573,12 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
         q, k, v, g, first, memories = ctx.saved_tensors
-        do = torch.zeros_like(_empty_output(q, k, v)) if do is None else do
+        do = torch.zeros_like(empty_output(q, k, v)) if do is None else do.to(v.dtype)
         dq, dk, dv, dg, dfirst = _SSDBackward.apply(
             do, dlast, q, k, v, g, first, memories, ctx.scale, ctx.chunk_size
         )  # fmt: skip
         dg = None if g is None else dg.to(g.dtype)
-        return dq, dk, dv, dg, None if first is None else dfirst.to(first.dtype), None, None
+        return dq, dk, dv, dg, None if first is None else dfirst.to(first.dtype), None, None, None
 
 
 class _SSDBackward(torch.autograd.Function):
@@ -649,11 +611,42 @@ def ssd(
     initial_state: RecurrentState | None,
     scale: float,
     chunk_size: int,
+    wide: bool = False,
 ) -> tuple[Tensor, RecurrentState]:
-    """The kernels behind effkit.attention.ssd, which documents and has checked the arguments; g None: no decay."""
+    """The kernels behind effkit.attention.ssd, which documents and has checked the arguments.
+
+    g None is no decay; wide gives o in float32 whatever the dtype of the inputs.
+    """
     first = None if initial_state is None else initial_state.memory
-    o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size)
+    o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size, wide)
     return o, RecurrentState(last, next_position(q, initial_state))
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, **options: Any) -> tuple[Tensor, RecurrentState]:
+    """The kernels behind effkit.attention.retention: ssd with the same decay at every step."""
+    return ssd(q, k, v, spread(decay, q), **options)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, RecurrentState]:
+    """The kernels behind effkit.attention.linear_attention: ssd without decay.
+
+    Where a sum is divided by another, cotangents cancel, and half precision would leave their rounding: float32 then.
+    """
+    wide = (x.float() for x in (q, k, v)) if options["normalize"] else (q, k, v)
+    o, state = attend(_in_aligned_rows, *wide, **options)
+    return o.to(v.dtype), state
+
+
+def _in_aligned_rows(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, initial_state: RecurrentState | None, **options: Any
+) -> tuple[Tensor, RecurrentState]:
+    """ssd, wide, for values of any width: columns of zeros let every row start where loads are fast."""
+    width = v.shape[3]
+    zeros = (0, -width % 16)
+    if initial_state is not None:
+        initial_state = RecurrentState(F.pad(initial_state.memory, zeros), initial_state.position)
+    o, state = ssd(q, k, F.pad(v, zeros), g, initial_state=initial_state, wide=True, **options)
+    return o[..., :width], state._replace(memory=state.memory[..., :width])
 
 
 _FLOAT32 = ("first_ptr", "ends_ptr", "factors_ptr", "last_ptr", "dg_ptr")
