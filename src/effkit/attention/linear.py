@@ -96,7 +96,7 @@ def attend(
     *,
     causal: bool,
     normalize: bool,
-    eps: float,
+    eps: float | Tensor,
     initial_state: RecurrentState | None,
     scale: float,
     chunk_size: int,
@@ -108,6 +108,12 @@ def attend(
     """
     heads = max(q.shape[1], k.shape[1], v.shape[1])
     width = v.shape[3]
+    if normalize and causal and q.dtype.itemsize == 2:
+        # Sums become means, to within a power of two, which costs no bit: a sum of many leaves the range of float16.
+        before = 0 if initial_state is None else initial_state.position[:, None]
+        count = before + torch.arange(1, q.shape[2] + 1, device=q.device).expand(q.shape[0], -1)
+        share = torch.exp2(-count.float().log2().ceil())[:, None, :, None]
+        q, eps = q * share.to(q.dtype), eps * share
     if normalize:
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=3)
         if initial_state is not None:
@@ -440,6 +446,7 @@ LINEAR_ATTENTION = register(
         function=linear_attention,
         reference=linear_attention_reference,
         torch=linear_attention_torch,
+        triton="effkit.kernels.chunk_scan:linear_attention",
         supports=supports,
         cases=_CASES,
         bench=BENCH,
