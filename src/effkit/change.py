@@ -56,7 +56,8 @@ class ChangeConfig:
 class Edit:
     """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason).
 
-    undo is a functools.partial over what it restores, not a closure: a deep copy of the model then undoes itself.
+    undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
+    undoes itself.
     """
 
     matched: list[str]
@@ -234,6 +235,17 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+class PutBack:
+    """Undoes a swap of modules: puts the originals back, by name. A deep copy of the model comes with its own."""
+
+    def __init__(self, model: nn.Module, originals: dict[str, nn.Module]) -> None:
+        self.model, self.originals = model, originals
+
+    def __call__(self) -> None:
+        for name, module in self.originals.items():
+            set_module(self.model, name, module)
 
 
 def _apply_one(model: nn.Module, config: ChangeConfig, handler: str, data: Iterable[Any] | None) -> Change:

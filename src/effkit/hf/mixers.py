@@ -173,8 +173,9 @@ class DeltaMixer(nn.Module):
         super().__init__()
         self.q_map, self.k_map = (_feature_map("hedgehog", sizes, heads) for heads in sizes[1:3])
         self.beta = TokenLinear(sizes, torch.full((sizes.heads,), _DELTA_START))
-        gated = isinstance(config, GatedDeltaRuleConfig)
-        self.gate = TokenLinear(sizes, _softplus_inverse(_rates(config, sizes.heads))) if gated else None
+        self.gate: nn.Module | None = None
+        if isinstance(config, GatedDeltaRuleConfig):
+            self.gate = TokenLinear(sizes, _softplus_inverse(_rates(config, sizes.heads)))
         self.backend = config.backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **state: Any) -> tuple[Tensor, Any]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from effkit.attention._recurrent import map_state
 from effkit.attention._swap import RecurrentConfig
-from effkit.change import Edit, no_match, set_module
+from effkit.change import Edit, PutBack, no_match, set_module
 from effkit.hf.mask import MaskSpec
 from effkit.hf.mixers import make_mixer
 from effkit.hf.state_cache import state_layer
@@ -31,22 +31,22 @@ FAMILIES = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attent
 
 def swap_attention(model: nn.Module, config: RecurrentConfig, data: Iterable[Any] | None = None) -> Edit:
     """Replaces the attention modules that the config names; refuses models whose attention does something else."""
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, RecurrentAttention)}
-    if modules and not config.layers:
-        raise ValueError(f"layers is None, but {next(iter(modules))} is recurrent already; choices: layers, or undo")
-    modules |= {name: module for name, module in model.named_modules() if type(module).__name__ in FAMILIES}
-    if not modules:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, RecurrentAttention) or type(module).__name__ in FAMILIES
+    ]
+    if not names:
         kinds = (type(module).__name__ for module in model.modules() if "Attention" in type(module).__name__)
         raise no_match(type(config).__name__, FAMILIES, kinds)
-    by_layer = {module.layer_idx: name for name, module in modules.items()}
-    old = {by_layer[layer]: modules[by_layer[layer]] for layer in _chosen(config, len(by_layer))}
+    old = {names[layer]: model.get_submodule(names[layer]) for layer in _chosen(config, len(names))}
     for name, module in old.items():
         if isinstance(module, RecurrentAttention):
-            raise ValueError(f"layers is {config.layers}, but {name} is recurrent already; undo that change first")
+            raise ValueError(f"layers is {config.layers}, but {name} is recurrent already; choices: other layers, undo")
     new = {name: RecurrentAttention(module, make_mixer(config, module)) for name, module in old.items()}
-    for name, module in new.items():
-        set_module(model, name, module)
-    added = sum(p.numel() for module in new.values() for p in module.mixer.parameters())
+    for name, swapped in new.items():
+        set_module(model, name, swapped)
+    added = sum(p.numel() for swapped in new.values() for p in swapped.mixer.parameters())
     return Edit(list(old), PutBack(model, old), notes={"new parameters": f"{added:,}"})
 
 
@@ -57,17 +57,6 @@ def _chosen(config: RecurrentConfig, count: int) -> list[int]:
         if not -count <= layer < count:
             raise ValueError(f"layers is {config.layers}, but there is no {layer}: the model has {count} layers")
     return sorted({layer % count for layer in wanted})
-
-
-class PutBack:
-    """Undoes a swap of modules. A plain object, so that a deep copy of the model comes with its own."""
-
-    def __init__(self, model: nn.Module, originals: dict[str, nn.Module]) -> None:
-        self.model, self.originals = model, originals
-
-    def __call__(self) -> None:
-        for name, module in self.originals.items():
-            set_module(self.model, name, module)
 
 
 class Tokens(NamedTuple):
@@ -83,7 +72,14 @@ class RecurrentAttention(nn.Module):
     The parts of the old module keep their names, so that its weights keep theirs; mixer holds all that is new.
     """
 
-    def __init__(self, old: nn.Module, mixer: nn.Module) -> None:
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+    def __init__(self, old: Any, mixer: nn.Module) -> None:
         super().__init__()
         for name, part in old.named_children():
             self.add_module(name, part)

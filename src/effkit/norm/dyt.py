@@ -18,7 +18,6 @@ every activation; the model is of no use until it has been trained further. Know
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effkit.change import ChangeConfig, Edit, no_match, set_module
+from effkit.change import ChangeConfig, Edit, PutBack, no_match, set_module
 from effkit.ops import Case, Op, register
 
 
@@ -219,13 +218,8 @@ def replace_norms(model: nn.Module, config: DyTConfig, data: object = None) -> E
     for name, module in old.items():
         set_module(model, name, new[module])
 
-    undo = functools.partial(_put_back, model, old)
-    return Edit(list(old), undo, notes={"norms kept": [name for name in norms if name not in old]})
-
-
-def _put_back(model: nn.Module, old: dict[str, nn.Module]) -> None:
-    for name, module in old.items():
-        set_module(model, name, module)
+    notes = {"norms kept": [name for name in norms if name not in old]}
+    return Edit(list(old), PutBack(model, old), notes=notes)
 
 
 class _DynamicTanh(torch.autograd.Function):

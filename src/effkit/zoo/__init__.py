@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effkit.zoo.measure import bits_per_byte, cache_bytes_per_token, heal, heldout_batches, training_batches
+from effkit.zoo.measure import bits_per_byte, cache_bytes_per_token, distill, heal, heldout_batches, training_batches
 from effkit.zoo.text import HELD_OUT, stdlib_files, stdlib_text
 from effkit.zoo.train import CONTEXT, END
 
@@ -31,6 +31,7 @@ __all__ = [
     "MODEL",
     "bits_per_byte",
     "cache_bytes_per_token",
+    "distill",
     "heal",
     "heldout_batches",
     "load_model",

@@ -7,6 +7,8 @@ library. Between interpreters the text differs, and with it the number.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effkit.change import Change, PutBack
 from effkit.zoo.train import CONTEXT, batch_of, corpus
 
 
@@ -67,28 +70,101 @@ def heal(
     The learning rate climbs to `lr` over the first tenth of the steps and falls linearly to zero over the rest.
     on_step(step, bits) is called after every step, from 1. The model must hold float32 weights.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    wrong = {p.dtype for p in parameters} - {torch.float32}
-    if wrong:
-        raise TypeError(f"model has trainable weights in {wrong.pop()}, expected float32: small steps would be lost")
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = max(1, len(batches) // 10)
+
+    def report(step: int, nats: float) -> None:
+        if on_step is not None:
+            on_step(step, nats / math.log(2))
+
     was_training = model.training
     model.train()
-    bits: list[float] = []
+    loss = functools.partial(_cross_entropy, model, reduction="mean")
+    nats = _train(model.parameters(), loss, batches, lr, report)
+    model.train(was_training)
+    return [each / math.log(2) for each in nats]
+
+
+def distill(
+    change: Change,
+    batches: Sequence[Tensor],
+    *,
+    lr: float = 1e-3,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Trains the modules that a change has put into the model to give what those before them gave, and nothing else.
+
+    Copies of the original modules stand in the model while it reads a batch, int64 [rows, length]; each new module then
+    learns, from the input of the original it stands for, its output. So no error of one layer reaches the next, and no
+    gradient passes through the rest of the model. What is minimised, and returned for every step, is the mean over the
+    modules of |new - old|^2 / |old|^2. Schedule, on_step and dtype as in `heal`, which is the next step.
+    """
+    swap = change.edit.undo
+    if not isinstance(swap, PutBack):
+        raise TypeError(f"change is one of {type(change.config).__name__}, expected one that replaces whole modules")
+    old = {name: copy.deepcopy(module).eval() for name, module in swap.originals.items()}
+    new = nn.ModuleList(change.model.get_submodule(name) for name in old)
+
+    def loss(batch: Tensor) -> Tensor:
+        errors = [
+            F.mse_loss(_first(module(*args, **kwargs)), target) / target.square().mean()
+            for module, (args, kwargs, target) in zip(new, _calls(change.model, old, batch), strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    return _train(new.parameters(), loss, batches, lr, on_step)
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, modules: dict[str, nn.Module], batch: Tensor) -> list[tuple[Any, Any, Tensor]]:
+    """What the modules are called with, and what they give, while they stand in the model and it reads a batch."""
+    calls: dict[nn.Module, tuple[Any, Any, Tensor]] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = args, kwargs, _first(output)
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules.values()]
+    put_back = PutBack(model, {name: model.get_submodule(name) for name in modules})
+    try:
+        PutBack(model, modules)()
+        model(input_ids=batch.to(_device(model)), use_cache=False)
+    finally:
+        put_back()
+        for handle in handles:
+            handle.remove()
+    return [calls[module] for module in modules.values()]
+
+
+def _train(
+    parameters: Iterable[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    batches: Sequence[Tensor],
+    lr: float,
+    on_step: Callable[[int, float], None] | None,
+) -> list[float]:
+    """One AdamW step per batch on those parameters that are trainable; the losses."""
+    trainable = [p for p in parameters if p.requires_grad]
+    wrong = {p.dtype for p in trainable} - {torch.float32}
+    if wrong:
+        raise TypeError(f"model has trainable weights in {wrong.pop()}, expected float32: small steps would be lost")
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, len(batches) // 10)
+    losses: list[float] = []
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, 1 - step / len(batches))
-        loss = _cross_entropy(model, batch, reduction="mean")
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        bits.append(float(loss.detach()) / math.log(2))
+        losses.append(float(loss.detach()))
         if on_step is not None:
-            on_step(step + 1, bits[-1])
+            on_step(step + 1, losses[-1])
     optimizer.zero_grad()
-    model.train(was_training)
-    return bits
+    return losses
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor of a module's output, the first where there are several."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
