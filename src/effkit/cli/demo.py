@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import effkit
 from effkit import zoo
-from effkit.attention import GQAConfig, SoftmaxAttentionConfig
+from effkit.attention import GQAConfig, SlidingWindowConfig, SoftmaxAttentionConfig
 from effkit.change import ChangeConfig
 from effkit.cli import output
 from effkit.cli.arguments import find_device
@@ -78,8 +78,10 @@ def changed_by(*configs: ChangeConfig) -> Callable[[nn.Module], nn.Module]:
 ROWS = (
     Row("baseline (torch SDPA)", lambda model: model),
     Row("exact attention", changed_by(SoftmaxAttentionConfig())),
-    Row("window of 128 tokens", changed_by(SoftmaxAttentionConfig(window=128))),
-    Row("window of 32 tokens", changed_by(SoftmaxAttentionConfig(window=32))),
+    Row("window of 128 tokens", changed_by(SlidingWindowConfig(window=128))),
+    Row("window of 32 tokens", changed_by(SlidingWindowConfig(window=32))),
+    Row("window 32, 4 sinks", changed_by(SlidingWindowConfig(window=32, sink_tokens=4))),
+    Row("window 32 in 3 layers", changed_by(SlidingWindowConfig(window=32, layers=(0, 1, 2)))),
     Row("GQA, 8 -> 4 kv heads", changed_by(GQAConfig(num_kv_heads=4)), heals=True),
     Row("GQA, 8 -> 1 kv heads", changed_by(GQAConfig(num_kv_heads=1)), heals=True),
     Row("DyT for every norm", changed_by(DyTConfig()), heals=True),
