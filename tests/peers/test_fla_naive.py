@@ -2,7 +2,7 @@
 
 Their files are loaded one by one: importing the package takes half a minute on a machine without a GPU, and once it is
 installed there transformers takes its Triton kernels for CPU tensors. scripts/test therefore puts it into .venv/peers,
-where nothing imports it from. They compute in float32, so they are judged as what they are: another implementation of
+where nothing imports it from. Most compute in float32, so they are judged as what they are: another implementation of
 effkit's references.
 """
 
@@ -61,7 +61,8 @@ class Form:
     """A naive form of an op.
 
     call(function, **tensors) gives o and then the parts of the state; options are those with which the op computes the
-    same; takes are the optional tensors that the form has.
+    same; takes are the optional tensors that the form has. dtype: float64 where a form computes in it, and adds decays
+    up over the whole sequence, which in float32 is less exact than a recurrence.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Form:
     options: Mapping[str, Any] = field(default_factory=dict)
     takes: tuple[str, ...] = ("initial_state",)
     state: tuple[str, ...] = ("memory",)
+    dtype: torch.dtype = torch.float32
 
     def cases(self) -> list[Case]:
         return [
@@ -123,6 +125,11 @@ def gated_delta(
     return o.transpose(1, 2), memory
 
 
+def log_linear(function: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, g, level_scales = by_time(*heads(q, k, v, g, level_scales))
+    return (function(q, k, v, g, level_scales).transpose(1, 2),)
+
+
 FORMS = (
     Form("linear_attention", "linear_attn:naive_recurrent_linear_attn", linear,
          dict(feature_map="identity", normalize=False)),
@@ -133,6 +140,8 @@ FORMS = (
     Form("gated_linear_attention", "gla:naive_recurrent_gla", gla),
     Form("delta_rule", "delta_rule:delta_rule_recurrence", delta),
     Form("gated_delta_rule", "gated_delta_rule:naive_recurrent_gated_delta_rule", gated_delta),
+    Form("log_linear_attention", "log_linear_attn:naive_log_linear_attn", log_linear, takes=(), state=(),
+         dtype=torch.float64),
 )  # fmt: skip
 
 
@@ -150,4 +159,4 @@ def test_reference_equals_the_naive_form(form: Form, case: Case) -> None:
         o, state = op.function(**tensors, **form.options, return_state=True, backend="reference")
         return o, *(getattr(state, part) for part in form.state)
 
-    assert_equivalent(theirs, ours, make_inputs(op, case, torch.float32))
+    assert_equivalent(theirs, ours, make_inputs(op, case, form.dtype))
