@@ -2,8 +2,8 @@
 
 from effkit.attention._fenwick import LogLinearState
 from effkit.attention._recurrent import LayerState, RecurrentState
-from effkit.attention.deltanet import delta_rule, gated_delta_rule
-from effkit.attention.gla import GatedLinearAttention, gated_linear_attention
+from effkit.attention.deltanet import DeltaRuleConfig, GatedDeltaRuleConfig, delta_rule, gated_delta_rule
+from effkit.attention.gla import GatedLinearAttention, GatedLinearAttentionConfig, gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
     GroupedQueryAttention,
@@ -12,12 +12,18 @@ from effkit.attention.grouped_query import (
     rotary_embedding,
     similar_heads,
 )
-from effkit.attention.linear import FEATURE_MAPS, HedgehogFeatureMap, LinearAttention, linear_attention
-from effkit.attention.log_linear import log_linear_attention
+from effkit.attention.linear import (
+    FEATURE_MAPS,
+    HedgehogFeatureMap,
+    LinearAttention,
+    LinearAttentionConfig,
+    linear_attention,
+)
+from effkit.attention.log_linear import LogLinearAttentionConfig, log_linear_attention
 from effkit.attention.log_linear_delta import log_linear_gated_delta_rule
 from effkit.attention.longformer import LongformerAttention
-from effkit.attention.mamba2 import Mamba2, ssd
-from effkit.attention.retnet import MultiScaleRetention, default_decay, retention
+from effkit.attention.mamba2 import Mamba2, SSDConfig, ssd
+from effkit.attention.retnet import MultiScaleRetention, RetentionConfig, default_decay, retention
 from effkit.attention.short_convolution import ShortConvolution
 from effkit.attention.sliding_window import SlidingWindowConfig, sliding_window_attention
 from effkit.attention.softmax import SoftmaxAttentionConfig, softmax_attention
@@ -25,19 +31,26 @@ from effkit.attention.window_caches import RollingKVCache, SinkKVCache
 
 __all__ = [
     "FEATURE_MAPS",
+    "DeltaRuleConfig",
     "GQAConfig",
+    "GatedDeltaRuleConfig",
     "GatedLinearAttention",
+    "GatedLinearAttentionConfig",
     "GroupedQueryAttention",
     "HedgehogFeatureMap",
     "KVCache",
     "LayerState",
     "LinearAttention",
+    "LinearAttentionConfig",
+    "LogLinearAttentionConfig",
     "LogLinearState",
     "LongformerAttention",
     "Mamba2",
     "MultiScaleRetention",
     "RecurrentState",
+    "RetentionConfig",
     "RollingKVCache",
+    "SSDConfig",
     "ShortConvolution",
     "SinkKVCache",
     "SlidingWindowConfig",
