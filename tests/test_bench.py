@@ -145,12 +145,15 @@ def test_rivals_say_what_they_cannot(attention):
     assert "64.0 GiB" in resolve(attention.rivals["transformers eager"]).cannot(q=long, k=long, v=long)
 
 
-@pytest.mark.parametrize("name", ["ssd", "gated_delta_rule"])
-def test_rivals_of_recurrent_ops_compute_the_same(name):
+@pytest.mark.parametrize(
+    ("name", "rival"),
+    [("ssd", "transformers"), ("gated_delta_rule", "transformers"), ("log_linear_attention", "quadratic")],
+)
+def test_rivals_of_recurrent_ops_compute_the_same(name, rival):
     op = load_ops()[name]
     case = dataclasses.replace(op.case("primes"), options={}, given=())
     inputs = make_inputs(op, case, torch.float32)
-    rival = resolve(op.rivals["transformers"])
+    rival = resolve(op.rivals[rival])
     assert rival.cannot(**inputs) is None
     assert_equivalent(
         rival, lambda **tensors: op.function(**tensors, backend="reference"), inputs, grads=("q", "k", "v")

@@ -122,6 +122,19 @@ def transformers_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, be
     return chunked(q, k, v, g, beta)[0].transpose(1, 2)
 
 
+def _too_many_pairs(q: Tensor, **arguments: Any) -> str | None:
+    return _more_than_sequences(**arguments) or _too_many_scores(q, q, q)
+
+
+@rival(_too_many_pairs)
+def log_linear_quadratic(q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor) -> Tensor:
+    """Log-linear attention as a product of T x T matrices: scores, decays and weights of levels."""
+    c = g.float().cumsum(-1)
+    decay = (c[..., :, None] - c[..., None, :]).tril().exp().tril()
+    scales = level_scales.gather(3, _levels(q.shape[2], q.device).expand(*g.shape, -1))
+    return (((q @ k.mT) * decay * scales).to(v.dtype)) @ v
+
+
 def _fla(path: str, **fixed: Any) -> Rival:
     """The kernel of flash-linear-attention behind "folder:function". Its layout is [B, T, H, ...]: views of ours."""
 
@@ -238,6 +251,13 @@ def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _levels(t: int, device: torch.device) -> Tensor:
+    """[T, T] the bit length of t XOR s, 0 where it is not looked at."""
+    index = torch.arange(t, device=device)
+    return torch.frexp((index[:, None] ^ index).float()).exponent.long().tril()
 
 
 @functools.lru_cache(maxsize=1)

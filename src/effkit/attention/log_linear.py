@@ -49,7 +49,7 @@ from effkit.attention._recurrent import (
     widen,
 )
 from effkit.attention._swap import DecayingConfig
-from effkit.attention.mamba2 import log_decay, sizes, supports
+from effkit.attention.mamba2 import bench_cases, log_decay, sizes, supports
 from effkit.ops import Case, Op, register
 
 
@@ -269,10 +269,7 @@ CASES = (
     Case("strided", level_sizes(1, 2, 33, 32), _STATE, layout="strided"),
     Case("long", level_sizes(2, 8, 4099, 128, 64), _STATE, large=True),
 )
-BENCH = tuple(
-    Case(f"T={T}", level_sizes(1, 8, T, 64), large=large)
-    for T, large in ((2048, False), (4096, False), (8192, False), (16384, True), (32768, True))
-)
+BENCH = bench_cases(lambda T: level_sizes(1, 8, T, 64))
 
 LOG_LINEAR_ATTENTION = register(
     Op(
@@ -292,5 +289,10 @@ LOG_LINEAR_ATTENTION = register(
         flops=flops,
         traffic=traffic,
         draw={"g": log_decay, "level_scales": F.softplus},
+        rivals={
+            "quadratic": "effkit.rivals:log_linear_quadratic",
+            "dense sdpa": "effkit.rivals:dense_sdpa",
+            "fla": "effkit.rivals:fla_log_linear_attention",
+        },
     )
 )

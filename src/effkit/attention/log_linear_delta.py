@@ -266,5 +266,6 @@ LOG_LINEAR_GATED_DELTA_RULE = register(
         flops=flops,
         traffic=lambda case: traffic(case) + _number_of_gates(case),
         draw={"k": unit_length, "g": log_decay, "beta": torch.sigmoid, "level_scales": F.softplus},
+        rivals={"dense sdpa": "effkit.rivals:dense_sdpa"},
     )
 )
