@@ -112,13 +112,17 @@ def _to_end(c_ptr, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.const
 
 @triton.jit
 def _meet(level, C: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Whether query i and key j < i meet at this level: [i, j], or [j, i] with KEYS_FIRST."""
-    row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, C)[None, :]
-    later = row > column
+    """Whether query i and key j < i meet at this level: [i, j], or [j, i] with KEYS_FIRST.
+
+    They do where they lie in neighbouring blocks of 2^level tokens, j's being the even one: one comparison a pair.
+    """
+    block = tl.arange(0, C) >> level
+    behind = tl.where(block % 2 == 0, block + 1, -1)
     if KEYS_FIRST:
-        later = row < column
-    return later & ((row ^ column) >> level == 1)
+        met = behind[:, None] == block[None, :]
+    else:
+        met = block[:, None] == behind[None, :]
+    return met
 
 
 @triton.jit
@@ -252,7 +256,8 @@ def _gradients_from_values(
         dweights = dot(do, tl.trans(v), dweights)
         dweights_t = dot(v, tl.trans(do), dweights_t)
         own += tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
-    return read, written, kept, dweights, dweights_t, own
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    return read, written, kept, cast(dweights, dtype), cast(dweights_t, dtype), own
 
 
 # One program owns a chunk of one head and BLOCK_K of its channels, for which it writes dq, dk and dg. It multiplies
@@ -294,10 +299,10 @@ def _gla_gradients(
     dg = tl.cumsum(written, 0) - written + kept[None, :]
     for level in range(LEVELS):
         decay = _to_border(c_ptr, level, n_keys, K, C, PARTS, BLOCK_K)
-        d = cast(tl.where(_meet(level, C, KEYS_FIRST=False), dweights, 0.0), q.dtype)
-        dq += decay * dot(d, cast(k.to(tl.float32) * decay, q.dtype))
-        d = cast(tl.where(_meet(level, C, KEYS_FIRST=True), dweights_t, 0.0), q.dtype)
-        dk += decay * dot(d, cast(q.to(tl.float32) * (decay * scale), q.dtype))
+        d = tl.where(_meet(level, C, KEYS_FIRST=False), dweights, 0.0)
+        dq += decay * dot(d, cast(k.to(tl.float32) * decay, d.dtype))
+        d = tl.where(_meet(level, C, KEYS_FIRST=True), dweights_t, 0.0)
+        dk += decay * dot(d, cast(q.to(tl.float32) * (decay * scale), d.dtype))
     scaled_q, wide_k = q.to(tl.float32) * scale, k.to(tl.float32)
     dg += tl.cumsum(scaled_q * dq - (wide_k * dk - written), 0, reverse=True)
     dq = (dq + own[:, None] * wide_k) * scale
@@ -345,17 +350,25 @@ _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence hold
 _DECAY_CHANNELS = 64
 
 
-def _table(half: dict[int, Tile], single: dict[int, Tile]) -> ChunkTable:
-    """The same tiles on every architecture."""
-    rows = ((2, half), (4, single))
+def _table(half: dict[int, Tile], single: Tile) -> ChunkTable:
+    """Tiles by architecture for half precision, and one for float32, the same at all widths."""
     return {
-        (arch, width, size): tile for arch in (80, 90, 100) for size, tiles in rows for width, tile in tiles.items()
+        (arch, width, size): half[arch] if size == 2 else single
+        for arch in (80, 90, 100)
+        for width in (64, 128, 256)
+        for size in (2, 4)
     }
 
 
-MEMORIES = _table(dict.fromkeys((64, 128, 256), Tile(64, 64, 4, 2)), dict.fromkeys((64, 128, 256), Tile(32, 32, 4, 1)))
-OUTPUT = _table(dict.fromkeys((64, 128, 256), Tile(64, 64, 4, 2)), dict.fromkeys((64, 128, 256), Tile(32, 32, 4, 1)))
-GRADIENTS = _table(dict.fromkeys((64, 128, 256), Tile(64, 64, 4, 2)), dict.fromkeys((64, 128, 256), Tile(32, 32, 4, 1)))
+# Chosen as the largest that compile without spills, not timed on a device. Channels are what costs registers: of each
+# tile of them the decays, queries, keys and their decayed forms are alive at a time.
+MEMORIES = _table(dict.fromkeys((80, 90, 100), Tile(64, 64, 4, 2)), Tile(32, 32, 4, 1))
+OUTPUT = _table(
+    {80: Tile(32, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(32, 128, 8, 2)}, Tile(32, 32, 8, 1)
+)  # fmt: skip
+GRADIENTS = _table(
+    {80: Tile(16, 64, 8, 2), 90: Tile(32, 64, 8, 2), 100: Tile(32, 64, 8, 2)}, Tile(16, 32, 8, 1)
+)  # fmt: skip
 
 
 def _decay_sums(q: Tensor, g: Tensor, chunk_size: int) -> Tensor:
@@ -571,6 +584,7 @@ def _spec(kernel: Any, tile: Tile, arch: int, width: int, dtype: str, pass_: str
     """One build, for keys and values of one width in chunks of 64; the backward pass has memories in float32."""
     parts = 2 if dtype == "fp32" else 1
     known = {"K": width, "V": width, "C": 64, "PARTS": parts, "LEVELS": 6, **tile._asdict(), **constants}
+    known["BLOCK_V"] = min(tile.BLOCK_V, width)
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
     wide = _FLOAT32_POINTERS if pass_ == "" else (*_FLOAT32_POINTERS, "memories_ptr")
