@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention import (
+    GatedLinearAttention,
     HedgehogFeatureMap,
     LinearAttention,
     Mamba2,
@@ -21,6 +22,7 @@ from effkit.testing import assert_equivalent, flat_tensors
 LAYERS: dict[str, Any] = {
     "Mamba2": lambda **made: Mamba2(12, state_size=5, head_dim=4, n_groups=2, chunk_size=16, **made),
     "MultiScaleRetention": lambda **made: MultiScaleRetention(12, 3, chunk_size=16, **made),
+    "GatedLinearAttention": lambda **made: GatedLinearAttention(12, 2, gate_low_rank=3, chunk_size=16, **made),
     "LinearAttention": lambda **made: LinearAttention(12, 4, 2, chunk_size=16, **made),
     "LinearAttention, hedgehog": lambda **made: LinearAttention(
         12, 2, 1, feature_map="hedgehog", rope_theta=100.0, bias=True, chunk_size=16, **made

@@ -17,6 +17,7 @@ state of fixed size (Arora et al., arXiv 2402.18668).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from effkit.attention._blocks import wide_dtype
 from effkit.attention._recurrent import (
     RecurrentState,
     autocast,
+    by_spans,
     check_chunk_size,
     check_inputs,
     check_scale,
@@ -38,6 +40,7 @@ from effkit.attention._recurrent import (
     scan_chunks,
     to_chunks,
     widen,
+    zero_rest,
 )
 from effkit.attention._swap import DecayingConfig
 from effkit.attention.mamba2 import bench_cases, first_memory, log_decay, sizes
@@ -76,15 +79,21 @@ def gated_linear_attention_torch(
     chunk_size: int,
 ) -> tuple[Tensor, RecurrentState]:
     """Chunks: products between halves of halves within each, and a scan over the states between them."""
-    T, dtype, heads = q.shape[2], v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
-    C = chunk_length(T, chunk_size)
-    q, k, v = widen(q, k, v)
-    q, k, v, g = (to_chunks(expand_heads(x, heads), C) for x in (scale * q, k, v, g.to(q.dtype)))
+    dtype, heads = v.dtype, max(q.shape[1], k.shape[1], v.shape[1])
+    C = chunk_length(q.shape[2], chunk_size)
+    q, k, v = widen(*(expand_heads(x, heads) for x in (q, k, v)))
+    parts = (scale * q, k, v, g.to(q.dtype))
+    o, memory = by_spans(partial(_in_chunks, C), C, first_memory(k, v, initial_state), *parts)
+    return o.to(dtype), RecurrentState(memory, next_position(q, initial_state))
+
+
+def _in_chunks(C: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """A span of tokens in chunks of C: o and the memory after it."""
+    T = q.shape[2]
+    q, k, v, g = (to_chunks(x, C) for x in (q, k, v, g))
     weights, since, left = halve(q, k, g)
-    update = (k * left.exp()).mT @ v
-    before, last = scan_chunks(update, since[..., -1, :].exp(), first_memory(k, v, initial_state))
-    o = weights @ v + (q * since.exp()) @ before
-    return from_chunks(o, T).to(dtype), RecurrentState(last, next_position(from_chunks(q, T), initial_state))
+    before, last = scan_chunks((k * left.exp()).mT @ v, since[..., -1, :].exp(), memory)
+    return from_chunks(weights @ v + (q * since.exp()) @ before, T), last
 
 
 def halve(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +177,7 @@ class GatedLinearAttention(nn.Module):
     gate_low_rank      columns of W1
     gate_normalizer    16 makes untrained gates slow: a factor of about 0.96 a step
     norm_eps           of the RMSNorm
-    backend            as in `gated_linear_attention`
+    chunk_size, backend    as in `gated_linear_attention`
     """
 
     def __init__(
@@ -181,6 +190,7 @@ class GatedLinearAttention(nn.Module):
         gate_low_rank: int = 16,
         gate_normalizer: float = 16.0,
         norm_eps: float = 1e-5,
+        chunk_size: int = 64,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -198,7 +208,10 @@ class GatedLinearAttention(nn.Module):
                 f"GatedLinearAttention: gate_low_rank is {gate_low_rank} and gate_normalizer {gate_normalizer}, "
                 "expected at least 1 and more than 0"
             )
-        self.num_heads, self.gate_normalizer, self.backend = num_heads, gate_normalizer, backend
+        check_chunk_size("GatedLinearAttention", chunk_size)
+        self.num_heads, self.gate_normalizer, self.chunk_size, self.backend = (
+            num_heads, gate_normalizer, chunk_size, backend
+        )  # fmt: skip
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -218,12 +231,14 @@ class GatedLinearAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RecurrentState]:
         """y, or (y, state) with return_state; state and cu_seqlens as in `gated_linear_attention`."""
+        x = zero_rest(x, cu_seqlens)
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         gate = self.gk_proj(x)
         g = self._heads(F.logsigmoid(gate.to(wide_dtype(gate.dtype))) / self.gate_normalizer)
         result = gated_linear_attention(
-            q, k, v, g, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend
-        )
+            q, k, v, g, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size, backend=self.backend,
+        )  # fmt: skip
         o, *last = result if isinstance(result, tuple) else (result,)
         y = self.o_proj(self.g_norm(o.transpose(1, 2)).flatten(2) * F.silu(self.g_proj(x)))
         return (y, *last) if return_state else y
