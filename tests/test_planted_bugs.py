@@ -54,6 +54,9 @@ DYT = "effkit/norm/dyt.py"
 RECURRENT, SSD, LINEAR, RETNET = (
     f"effkit/attention/{name}.py" for name in ("_recurrent", "mamba2", "linear", "retnet")
 )
+FENWICK, LOG_LINEAR, LOG_LINEAR_DELTA = (
+    f"effkit/attention/{name}.py" for name in ("_fenwick", "log_linear", "log_linear_delta")
+)
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
 COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 BUGS = (
@@ -79,6 +82,27 @@ BUGS = (
     Bug("tail of a packed batch", SOFTMAX, "q.shape[2] - bounds[-1]", "q.shape[2] - bounds[-2]", ("packed",)),
     Bug("empty row divides", BLOCKS, "/ total.clamp_min(torch.finfo(scores.dtype).tiny)", "/ total",
         ("rows that see nothing",)),
+    *(
+        replace(bug, op="log_linear_attention")
+        for bug in (
+            Bug("block joins too late", FENWICK, "position % (1 << i) == 0", "position % (2 << i) == 0",
+                ("several chunks",)),
+            Bug("decay within a block forgotten", LOG_LINEAR, "late + across[..., None]", "late", ("small chunks",)),
+            Bug("old blocks not decayed", LOG_LINEAR, "i: kept * block", "i: block", ("one past a chunk",)),
+            Bug("last chunk not cut", LOG_LINEAR, "past_blocks((T - 1) % C)", "past_blocks(C - 1)", ("primes",)),
+        )
+    ),
+    *(
+        replace(bug, op="log_linear_gated_delta_rule")
+        for bug in (
+            Bug("nothing erased for queries", LOG_LINEAR_DELTA, "from_start = q * decay - scores @ erase",
+                "from_start = q * decay", ("one past a chunk",)),
+            Bug("nothing erased in blocks", LOG_LINEAR_DELTA, "decay * memory - key.mT @ erased", "decay * memory",
+                ("small chunks",)),
+            Bug("sources not erased", LOG_LINEAR_DELTA, "(scores @ inverse) * within_chunk", "scores * within_chunk",
+                ("primes",)),
+        )
+    ),
     *(
         replace(bug, op="sliding_window_attention")
         for bug in (
