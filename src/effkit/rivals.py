@@ -128,7 +128,10 @@ def _too_many_pairs(q: Tensor, **arguments: Any) -> str | None:
 
 @rival(_too_many_pairs)
 def log_linear_quadratic(q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor) -> Tensor:
-    """Log-linear attention as a product of T x T matrices: scores, decays and weights of levels."""
+    """Log-linear attention as a product of T x T matrices: scores, decays and weights of levels.
+
+    Decays are added up over all tokens in float32, as one would; at some hundreds of them that costs the exact digits.
+    """
     c = g.float().cumsum(-1)
     decay = (c[..., :, None] - c[..., None, :]).tril().exp().tril()
     scales = level_scales.gather(3, _levels(q.shape[2], q.device).expand(*g.shape, -1))
