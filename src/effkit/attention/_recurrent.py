@@ -73,8 +73,9 @@ def check_inputs(
         raise ValueError(
             f"{op.name}: H={sizes['H']} heads have a gate or state, expected H={heads}, the most of q, k, v"
         )
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(q)  # by vmap, which has no values to read
-    readable = q.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
+    readable = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:  # no operation that torch.compile could trace
+        readable = not torch._C._functorch.is_functorch_wrapped_tensor(q)  # by vmap, which has no values to read
     g = present.get("g")
     if g is not None and readable and g.numel() and g.max() > 1e-3:  # a zero may have been rounded up
         raise ValueError(
