@@ -25,8 +25,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """acc + a @ b, summed in float32. float32 operands keep their bits ("ieee"), which costs the tensor cores."""
+def cast(x, dtype: tl.constexpr):
+    """float32 x in dtype, rounded to nearest even."""
+    if INTERPRET:  # which truncates float32 to bfloat16
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _product(a, b, acc):
     if INTERPRET:
         # The interpreter multiplies bfloat16 as bit patterns, and sums in an order that depends on the shape. The order
         # of a compiled kernel does not: a score is the same as q k and as k q. Sums in float64 keep that so here.
@@ -39,14 +49,20 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr):
-    """float32 x in dtype, rounded to nearest even."""
-    if INTERPRET:  # which truncates float32 to bfloat16
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.uint32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-            x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
+def dot(a, b, acc=None):
+    """acc + a @ b, summed in float32. float32 operands keep their bits ("ieee"), which costs the tensor cores.
+
+    One float32 operand beside a narrower one is the sum of two of that dtype: twice the bits for a second product.
+    """
+    if a.dtype == b.dtype:
+        product = _product(a, b, acc)
+    elif a.dtype == tl.float32:
+        head = cast(a, b.dtype)
+        product = _product(cast(a - head.to(tl.float32), b.dtype), b, _product(head, b, acc))
+    else:
+        head = cast(b, a.dtype)
+        product = _product(a, cast(b - head.to(tl.float32), a.dtype), _product(a, head, acc))
+    return product
 
 
 @triton.jit

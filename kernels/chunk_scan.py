@@ -197,7 +197,7 @@ def _chunk_output(
         c_ptr += at * 2 * C
         from_memory *= from_start(c_ptr, C)
     scores = row_products(q_ptr, k_ptr, stride_qt, stride_kt, n_rows, K, C, BLOCK_K)
-    weights = cast(scale * weighted(scores, c_ptr, C, KEYS_FIRST=False), v_ptr.dtype.element_ty)
+    weights = cast(scale * weighted(scores, c_ptr, C, KEYS_FIRST=False), q_ptr.dtype.element_ty)
     write_rows(
         o_ptr, weights, v_ptr, from_memory, q_ptr, memories_ptr + at * K * V, None,
         stride_ot, stride_vt, stride_qt, V, 1, 0, n_rows, K, V, C, BLOCK_K, BLOCK_V,

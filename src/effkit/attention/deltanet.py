@@ -64,9 +64,9 @@ def gated_delta_rule_reference(
 ) -> tuple[Tensor, RecurrentState]:
     """The recurrence, one token after the other: decay, compare with what is held for the key, correct."""
     dtype, heads = v.dtype, beta.shape[1]
-    q, k, v, beta, g = widen(*(expand_heads(x, heads) for x in (q, k, v)), beta, g)
     if qk_l2norm:
         q, k = l2_normalize(q), l2_normalize(k)
+    q, k, v, beta, g = widen(*(expand_heads(x, heads) for x in (q, k, v)), beta, g)
     state = first_memory(k, v, initial_state)
     outs = [v[:, :, :0]]
     for t in range(q.shape[2]):
@@ -93,9 +93,9 @@ def gated_delta_rule_torch(
     """Chunks: a triangular system within each, and a scan over the states between them."""
     dtype, heads = v.dtype, beta.shape[1]
     C = chunk_length(q.shape[2], chunk_size)
-    q, k, v, beta, g = widen(q, k, v, beta, g)
     if qk_l2norm:
         q, k = l2_normalize(q), l2_normalize(k)
+    q, k, v, beta, g = widen(q, k, v, beta, g)
     q, k, v = (expand_heads(x, heads) for x in (q * scale, k, v))
     o, memory = by_spans(partial(_in_chunks, C), C, first_memory(k, v, initial_state), q, k, v, beta, g)
     return o.to(dtype), RecurrentState(memory, next_position(q, initial_state))
@@ -209,7 +209,8 @@ def delta_rule(
     v [B, Hv, T, V]     values; q, k, v of one dtype (under autocast they are cast to its dtype)
     beta [B, H, T]      how much of the old value is replaced, any float dtype: 0 nothing, 1 all of it; between 1 and 2
                         the memory along k changes sign (eigenvalues 1 - beta |k|^2 < 0)
-    qk_l2norm           divide each query and key by sqrt(|x|^2 + 1e-6) first, in float32; gradients flow through it
+    qk_l2norm           divide each query and key by sqrt(|x|^2 + 1e-6) first, in float32, and round
+                        to its dtype; gradients flow through it
     scale               default K ** -0.5
     initial_state, return_state, cu_seqlens, chunk_size, backend    as in `ssd`
 
