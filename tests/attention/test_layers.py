@@ -360,3 +360,17 @@ def test_hedgehog_starts_as_the_fixed_map_and_learns_a_map_a_head() -> None:
 def test_layer_refuses_sizes_that_do_not_fit(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["Mamba2", "MultiScaleRetention", "GatedLinearAttention", "LinearAttention"])
+def test_layer_on_kernels(name: str) -> None:
+    """Views as projections leave them, a state, one more token."""
+
+    def two_calls(backend: str, x: Tensor, **named: Tensor) -> tuple[Any, ...]:
+        module = layer(name, backend=backend)
+        first, state = called(module, dict(named, x=x[:, :20]), return_state=True)
+        return first, called(module, dict(named, x=x[:, 20:]), state=state, return_state=True)
+
+    given = inputs(layer(name), x=draw(1, 21, 12))
+    assert_equivalent(lambda **named: two_calls("triton", **named), lambda **named: two_calls("torch", **named), given)
