@@ -59,6 +59,8 @@ FENWICK, LOG_LINEAR, LOG_LINEAR_DELTA = (
 )
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
 COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
+GLA, GLA_KERNEL = "effkit/attention/gla.py", "effkit/kernels/chunk_gla.py"
+CHUNK_TILES, CHUNK_SCAN = (f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan"))
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -124,6 +126,31 @@ BUGS = (
         )
     ),
     *(
+        replace(bug, op="gated_linear_attention")
+        for bug in (
+            Bug("decay behind the border forgotten", GLA, "left_early + total_late", "left_early", ("several chunks",)),
+            Bug("halves change places", GLA, "_, q_late = _halves(q", "q_late, _ = _halves(q", ("two",)),
+            Bug("a token decays for itself", GLA, "left = g, torch.zeros_like(g)", "left = g, g", ("two",)),
+        )
+    ),
+    *(
+        replace(bug, op="gated_linear_attention", backend="triton")
+        for bug in (
+            Bug("border of its own half", GLA_KERNEL, "rows >> (level + 1) << (level + 1)", "rows >> level << level",
+                ("a chunk",)),
+            Bug("sums lose their second part", GLA_KERNEL, "if PARTS == 2:\n        distance += ",
+                "if PARTS == 3:\n        distance += ", ("strong gates",)),
+            Bug("odd blocks meet too", GLA_KERNEL, "tl.where(block % 2 == 0, block + 1, -1)", "block + 1",
+                ("a chunk",)),
+            Bug("gradient of a gate misses what is kept", GLA_KERNEL, "- written + kept[None, :]", "- written",
+                ("several chunks",)),
+            Bug("own products pass a gate", GLA_KERNEL, "(wide_k * dk - written)", "wide_k * dk", ("a chunk",)),
+            Bug("memory not decayed", GLA_KERNEL, "dot(rounded, b, memory * across)", "dot(rounded, b, memory)",
+                ("several chunks",)),
+            Bug("few tokens forget nothing", GLA_KERNEL, "memory * tl.exp(g) + k", "memory + k", ("two",)),
+        )
+    ),
+    *(
         replace(bug, op="dynamic_tanh")
         for bug in (
             Bug("bias forgotten", DYT, "t.add_(bias)", "t.add_(0 * bias)", ("primes",)),
@@ -168,6 +195,23 @@ BUGS = (
             Bug("rows of a stripe skipped", DYT_KERNEL, "stripe + stripe, N)", "stripe + stripe - BLOCK_N, N)",
                 ("many rows",)),
             Bug("series of tanh", COMMON, "2 / 15 +", "1 / 15 +", ("all but linear", "around the bend")),
+        )
+    ),
+    *(
+        replace(bug, op="ssd", backend="triton")
+        for bug in (
+            Bug("last gate of a chunk left out", CHUNK_TILES, "hi = tl.load(c_ptr + C - 1) - tl.load(c_ptr + i)",
+                "hi = tl.load(c_ptr + C - 2) - tl.load(c_ptr + i)", ("one past a chunk",)),
+            Bug("gates summed in float32", CHUNK_TILES, "exponent = hi + (tl.load", "exponent = hi + 0 * (tl.load",
+                ("strong gates",)),
+            Bug("keys decay by their own gate", CHUNK_SCAN, "tl.cumsum(written, 0) - written", "tl.cumsum(written, 0)",
+                ("one past a chunk",)),
+            Bug("gradient not scaled", CHUNK_SCAN, "dmemories, dfirst, scale, C", "dmemories, dfirst, 1.0, C",
+                ("small chunks",)),
+            Bug("segments do not decay", CHUNK_SCAN, "memory *= tl.load(factors_ptr + at)", "memory *= 1.0",
+                ("several chunks",)),
+            Bug("token halved", CHUNK_SCAN, "memory += k[:, None] * values[None, :]",
+                "memory += 0.5 * k[:, None] * values[None, :]", ("two",)),
         )
     ),
 )  # fmt: skip
