@@ -52,6 +52,20 @@ CHANNELS = {
     key: [(1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 1024, 8), (16, 1024, 8), (4, 512, 4)]
     for key in ((1024, 2), (1024, 4))
 }
+# (BLOCK_K, BLOCK_V, num_warps, num_stages)
+_CHUNK_TILES = {
+    2: [
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 64, 8, 2),
+        (32, 64, 4, 3),
+        (64, 32, 4, 3),
+        (64, 128, 8, 2),
+    ],
+    4: [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1), (64, 64, 8, 1)],
+}
+CHUNKS = {(width, size): tiles for size, tiles in _CHUNK_TILES.items() for width in (64, 128, 256)}
 
 # key is (architecture, width, bytes of an element), tile the values of the kernel module's Tile.
 Key = tuple[int, int, int]
@@ -107,6 +121,16 @@ def _norm(rows: int) -> Case:
     return Case(f"tune {rows}", {"*N": (rows,), "C": 4096}, given=("weight", "bias"))
 
 
+def _recurrent(b: int, heads: int, length: int, width: int) -> Case:
+    sizes = dict(B=b, Hq=heads, Hk=heads, Hv=heads, H=heads, T=length, K=width, V=width, R=b, N=0)
+    return Case(f"tune {b} {heads} {length} {width}", sizes)
+
+
+def _scan(width: int, size: int) -> Case:
+    """About the same work for each width."""
+    return _recurrent(4, 1024 // width, 4096 if size == 2 else 1024, width)
+
+
 def _prefill(width: int, size: int) -> Case:
     """About the same work for each width; float32 has no tensor cores and gets less."""
     return _attention(2, (2048 // width, 2048 // width), (4096, 4096) if size == 2 else (1024, 1024), width)
@@ -114,6 +138,7 @@ def _prefill(width: int, size: int) -> Case:
 
 _small = functools.partial(_attention, 1, (4, 2), (300, 333))
 _decode = functools.partial(_attention, 2, (8, 2), (1, 3000))
+_short_scan = functools.partial(_recurrent, 1, 2, 300)
 TABLES = (
     Table("effkit.kernels.softmax_attention:_FWD", "softmax_attention", False, ROWS, _small, _prefill),
     Table("effkit.kernels.softmax_backward:DQ", "softmax_attention", True, ROWS, _small, _prefill),
@@ -126,6 +151,9 @@ TABLES = (
         _decode,
         lambda width, size: _attention(16, (32, 8), (1, 8192), width),
     ),
+    Table("effkit.kernels.chunk_scan:MEMORIES", "ssd", False, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.chunk_scan:OUTPUT", "ssd", False, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.chunk_scan:GRADIENTS", "ssd", True, CHUNKS, _short_scan, _scan),
     Table(
         "effkit.kernels.dyt:_FWD",
         "dynamic_tanh",
