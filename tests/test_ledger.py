@@ -31,13 +31,19 @@ def test_exported_where_the_ledger_says(op: Op) -> None:
     assert op.function.__name__ == op.name and not op.function.__module__.endswith(f".{op.name}")
 
 
+# What a public function may deal with before it calls a backend.
+BY_THE_FRONT = {"cu_seqlens", "return_state", "feature_map", "key_lengths"}
+
+
 @every_op
 def test_one_signature(op: Op) -> None:
     """Public function, reference and torch path take the same; the tensors are those of the shape line."""
     public = options_of(op.function) - {"backend"}
     tensors = {shape.name for shape in op.signature.inputs}
     assert tensors <= public and set(op.grads) <= tensors and op.signature.outputs
-    assert options_of(op.reference) == options_of(op.torch) == public
+    taken = options_of(op.reference)
+    assert set(op.grads) <= taken <= public and public - taken <= BY_THE_FRONT
+    inspect.signature(op.torch).bind(**dict.fromkeys(taken))
     assert op.function.__doc__ and op.paper.startswith("https://arxiv.org/abs/")
     assert (inspect.getdoc(inspect.getmodule(op.function)) or "").count("\n") >= 7, (
         "the module's docstring is the paper"
@@ -68,7 +74,7 @@ def test_benchmark_cases_and_rivals(op: Op) -> None:
 @every_op
 def test_kernel_takes_what_the_torch_path_takes(op: Op) -> None:
     assert op.triton is not None, "hot paths have a kernel; an op without one needs its own reason here"
-    assert options_of(op.implementation("triton")) == options_of(op.torch)
+    inspect.signature(op.implementation("triton")).bind(**dict.fromkeys(options_of(op.reference)))
     assert importlib.import_module(op.triton.partition(":")[0]).aot_specs()
 
 
@@ -86,6 +92,7 @@ def subclasses(cls: type) -> set[type]:
 
 def test_configs_are_exported_with_handlers_that_exist() -> None:
     configs = {cls for cls in subclasses(ChangeConfig) if cls.__module__.startswith("effkit.")}
+    configs = {cls for cls in configs if not cls.__module__.rpartition(".")[2].startswith("_")}  # bases of others
     assert configs
     for cls in configs:
         area = importlib.import_module(cls.__module__.rpartition(".")[0])
@@ -112,7 +119,7 @@ def test_public_names() -> None:
 def test_a_name_enters_once() -> None:
     with pytest.raises(ValueError, match="already in the ledger"):
         ledger.register(ALL[0])
-    with pytest.raises(ValueError, match="no op named 'softmax', choices: softmax_attention"):
+    with pytest.raises(ValueError, match="no op named 'softmax', choices: .*softmax_attention"):
         ledger.get_op("softmax")
 
 
