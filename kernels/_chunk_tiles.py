@@ -102,6 +102,8 @@ def through_memory(
     for w in range(0, WIDTH, BLOCK_IN):
         x = load_block(x_ptr + w, stride_x, 1, n_rows, WIDTH - w, C, BLOCK_IN)
         memory = load_block(memory_ptr + w * stride_in, stride_in, stride_out, WIDTH - w, n_out, BLOCK_IN, BLOCK_OUT)
+        if memory.dtype != x.dtype:
+            memory = cast(memory, x.dtype)
         products = dot(x, memory, products)
     return products
 
