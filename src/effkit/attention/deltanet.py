@@ -312,7 +312,7 @@ class DeltaRuleConfig(RecurrentConfig):
 
 @dataclass(frozen=True)
 class GatedDeltaRuleConfig(DecayingConfig):
-    """The same with a memory that decays, g = -softplus(W x + b) as in `SSDConfig`, b as half_lives say."""
+    """The same with a memory that decays, exp(g) = sigmoid(W x + b) as in `SSDConfig`, b as half_lives say."""
 
 
 def supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:

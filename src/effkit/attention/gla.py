@@ -257,8 +257,8 @@ class GatedLinearAttentionConfig(DecayingConfig):
 
         o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = sum_d phi(q_t)_d phi(k_s)_d exp(g_{s+1, d} + ... + g_{t, d})
 
-    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W2 W1 x + b) with W1 of gate_rank
-    rows, W2 = 0 and b as half_lives say: it starts as `RetentionConfig`. layers and backend as in `RecurrentConfig`.
+    phi are learned maps of positive features (`HedgehogFeatureMap`), exp(g) = sigmoid(W2 W1 x + b) with W1 of
+    gate_rank rows, W2 = 0 and b as half_lives say: it starts as `RetentionConfig`. layers, backend: `RecurrentConfig`.
     """
 
     gate_rank: int = 16

@@ -117,38 +117,38 @@ class RetentionMixer(_MeanMixer):
 
     def __init__(self, config: RetentionConfig, sizes: Sizes, module: nn.Module) -> None:
         super().__init__(config, sizes)
-        self.register_buffer("decay", -_rates(config, sizes.heads).to(sizes.device))
+        self.register_buffer("decay", _decays(config, sizes.heads).float().to(sizes.device))
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Any:
         return retention(q, k, v, decay=self.decay, scale=1.0, **options)
 
 
 class SSDMixer(_MeanMixer):
-    """ssd: g = -softplus(gate(x)), one for each head."""
+    """ssd: exp(g) = sigmoid(gate(x)), one for each head."""
 
     def __init__(self, config: SSDConfig | LogLinearAttentionConfig, sizes: Sizes, module: nn.Module) -> None:
         super().__init__(config, sizes)
-        self.gate = TokenLinear(sizes, _softplus_inverse(_rates(config, sizes.heads)))
+        self.gate = TokenLinear(sizes, _decays(config, sizes.heads).exp().logit())
 
     def decay(self, x: Tensor) -> Tensor:
         """g [B, H, T]."""
-        return -F.softplus(self.gate(x)).transpose(1, 2)
+        return F.logsigmoid(self.gate(x)).transpose(1, 2)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Any:
         return ssd(q, k, v, self.decay(x), **options)
 
 
 class GatedLinearMixer(_MeanMixer):
-    """gated_linear_attention: g = -softplus(gate(x)), one for each feature of each head, gate of low rank."""
+    """gated_linear_attention: exp(g) = sigmoid(gate(x)), one for each feature of each head, gate of low rank."""
 
     def __init__(self, config: GatedLinearAttentionConfig, sizes: Sizes, module: nn.Module) -> None:
         super().__init__(config, sizes)
-        start = _softplus_inverse(_rates(config, sizes.heads)).repeat_interleave(2 * sizes.width)
-        self.gate = TokenLinear(sizes, start, rank=config.gate_rank)
+        start = _decays(config, sizes.heads).exp().logit()
+        self.gate = TokenLinear(sizes, start.repeat_interleave(2 * sizes.width), rank=config.gate_rank)
         self.width = 2 * sizes.width
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Any:
-        g = -F.softplus(self.gate(x)).unflatten(2, (-1, self.width)).transpose(1, 2)
+        g = F.logsigmoid(self.gate(x)).unflatten(2, (-1, self.width)).transpose(1, 2)
         return gated_linear_attention(q, k, v, g, scale=1.0, **options)
 
 
@@ -158,11 +158,12 @@ class LogLinearMixer(SSDMixer):
     def __init__(self, config: LogLinearAttentionConfig, sizes: Sizes, module: Any) -> None:
         super().__init__(config, sizes, module)
         levels = levels_for(config.max_length or module.config.max_position_embeddings)
-        start = _softplus_inverse(0.5 ** torch.arange(levels, dtype=torch.float64))
+        start = (0.5 ** torch.arange(levels, dtype=torch.float64)).expm1().log()  # the inverse of softplus
         self.level, self.heads = TokenLinear(sizes, start.repeat(sizes.heads)), sizes.heads
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Any:
-        scales = F.softplus(self.level(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        scales = -F.logsigmoid(-self.level(x))  # softplus, whose own backward does not trace in every layout
+        scales = scales.unflatten(2, (self.heads, -1)).transpose(1, 2)
         return log_linear_attention(q, k, v, self.decay(x), scales, **options)
 
 
@@ -175,7 +176,7 @@ class DeltaMixer(nn.Module):
         self.beta = TokenLinear(sizes, torch.full((sizes.heads,), _DELTA_START))
         self.gate: nn.Module | None = None
         if isinstance(config, GatedDeltaRuleConfig):
-            self.gate = TokenLinear(sizes, _softplus_inverse(_rates(config, sizes.heads)))
+            self.gate = TokenLinear(sizes, _decays(config, sizes.heads).exp().logit())
         self.backend = config.backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **state: Any) -> tuple[Tensor, Any]:
@@ -183,7 +184,7 @@ class DeltaMixer(nn.Module):
         options = dict(qk_l2norm=True, scale=1.0, backend=self.backend, **state)
         if self.gate is None:
             return _pair(delta_rule(q, k, v, beta, **options))
-        g = -F.softplus(self.gate(x)).transpose(1, 2)
+        g = F.logsigmoid(self.gate(x)).transpose(1, 2)
         return _pair(gated_delta_rule(q, k, v, g, beta, **options))
 
 
@@ -225,13 +226,7 @@ def _pair(result: Any) -> tuple[Tensor, Any]:
     return result if isinstance(result, tuple) else (result, None)
 
 
-def _rates(config: DecayingConfig, heads: int) -> Tensor:
-    """How much the log of a head's memory loses a token, [heads]: from ln 2 / half-life, spread geometrically."""
+def _decays(config: DecayingConfig, heads: int) -> Tensor:
+    """The log of what is left after a token, [heads] float64: half-lives spread geometrically over the heads."""
     first, last = (math.log(tokens) for tokens in config.half_lives)
-    lives = torch.linspace(first, last, heads, dtype=torch.float64).exp()
-    return (math.log(2) / lives).float()
-
-
-def _softplus_inverse(y: Tensor) -> Tensor:
-    """x with log(1 + e^x) = y."""
-    return y.expm1().log()
+    return -math.log(2) / torch.linspace(first, last, heads, dtype=torch.float64).exp()
