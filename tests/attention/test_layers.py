@@ -12,6 +12,7 @@ from effkit.attention import (
     GatedLinearAttention,
     HedgehogFeatureMap,
     LinearAttention,
+    LogLinearMamba2,
     Mamba2,
     MultiScaleRetention,
     ShortConvolution,
@@ -21,6 +22,9 @@ from effkit.testing import assert_equivalent, flat_tensors
 # name -> a layer of width 12; chunks of 16, so that 37 tokens are three of them
 LAYERS: dict[str, Any] = {
     "Mamba2": lambda **made: Mamba2(12, state_size=5, head_dim=4, n_groups=2, chunk_size=16, **made),
+    "LogLinearMamba2": lambda **made: LogLinearMamba2(
+        12, max_length=64, state_size=5, head_dim=4, n_groups=2, chunk_size=16, **made
+    ),
     "MultiScaleRetention": lambda **made: MultiScaleRetention(12, 3, chunk_size=16, **made),
     "GatedLinearAttention": lambda **made: GatedLinearAttention(12, 2, gate_low_rank=3, chunk_size=16, **made),
     "LinearAttention": lambda **made: LinearAttention(12, 4, 2, chunk_size=16, **made),

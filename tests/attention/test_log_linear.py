@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention import (
+    LevelScales,
+    LogLinearMamba2,
     LogLinearState,
+    Mamba2,
     gated_delta_rule,
     log_linear_attention,
     log_linear_gated_delta_rule,
@@ -345,3 +348,41 @@ if not INTERPRET:
         log_linear_attention(**inputs, cu_seqlens=bounds)
         with pytest.raises(ValueError, match="L=4 levels, expected at least 5"):
             log_linear_attention(**inputs, cu_seqlens=torch.tensor([0, 9, 20]))
+
+    def test_weights_of_levels_start_near_ln_2_and_follow_the_paper() -> None:
+        torch.manual_seed(0)
+        scales = LevelScales(12, 3, max_length=100)
+        assert scales.L.shape == (3, 8) and (scales.L == 1).all()
+        x = torch.randn(2, 5, 12)
+        assert torch.equal(scales(0 * x), torch.full((2, 3, 5, 8), 2.0).log())
+
+        def expected(x: Tensor, L: Tensor, weight: Tensor) -> Tensor:
+            return F.softplus(L[:, None] * (x @ weight.mT).unflatten(2, (3, 8)).transpose(1, 2))
+
+        def called(x: Tensor, L: Tensor, weight: Tensor) -> Tensor:
+            return torch.func.functional_call(scales, {"L": L, "proj.weight": weight}, (x,))
+
+        assert_equivalent(called, expected, (x, torch.randn(3, 8), scales.proj.weight.detach()))
+        with pytest.raises(ValueError, match="max_length is 0, expected"):
+            LevelScales(12, 3, max_length=0)
+
+    def test_mamba2_with_levels_that_weigh_alike_is_mamba2() -> None:
+        class Ones(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.new_ones(len(x), 6, x.shape[1], 7)
+
+        torch.manual_seed(0)
+        options: Any = dict(state_size=5, head_dim=4, chunk_size=16)
+        plain, module = Mamba2(12, **options), LogLinearMamba2(12, max_length=64, **options)
+        missing = module.load_state_dict(plain.state_dict(), strict=False)
+        assert missing.missing_keys == ["level_scales.L", "level_scales.proj.weight"] and not missing.unexpected_keys
+        module.level_scales = Ones()
+        x = torch.randn(2, 37, 12)
+        assert_equivalent(lambda x: module.to(x.dtype)(x), lambda x: plain.to(x.dtype)(x), (x,))
+
+    def test_a_layer_refuses_what_is_longer_than_its_levels() -> None:
+        module = LogLinearMamba2(12, max_length=16, head_dim=4)
+        _, state = module(torch.randn(1, 10, 12), return_state=True)
+        module(torch.randn(1, 6, 12), state=state)
+        with pytest.raises(ValueError, match="L=5 levels, expected at least 6"):
+            module(torch.randn(1, 7, 12), state=state)

@@ -19,7 +19,12 @@ from effkit.attention.linear import (
     LinearAttentionConfig,
     linear_attention,
 )
-from effkit.attention.log_linear import LogLinearAttentionConfig, log_linear_attention
+from effkit.attention.log_linear import (
+    LevelScales,
+    LogLinearAttentionConfig,
+    LogLinearMamba2,
+    log_linear_attention,
+)
 from effkit.attention.log_linear_delta import log_linear_gated_delta_rule
 from effkit.attention.longformer import LongformerAttention
 from effkit.attention.mamba2 import Mamba2, SSDConfig, ssd
@@ -40,9 +45,11 @@ __all__ = [
     "HedgehogFeatureMap",
     "KVCache",
     "LayerState",
+    "LevelScales",
     "LinearAttention",
     "LinearAttentionConfig",
     "LogLinearAttentionConfig",
+    "LogLinearMamba2",
     "LogLinearState",
     "LongformerAttention",
     "Mamba2",

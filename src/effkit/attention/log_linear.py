@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention._fenwick import (
@@ -49,7 +49,7 @@ from effkit.attention._recurrent import (
     widen,
 )
 from effkit.attention._swap import DecayingConfig
-from effkit.attention.mamba2 import bench_cases, log_decay, sizes, supports
+from effkit.attention.mamba2 import Mamba2, bench_cases, log_decay, sizes, supports
 from effkit.ops import Case, Op, register
 
 
@@ -225,6 +225,58 @@ def log_linear_attention(
         LOG_LINEAR_ATTENTION, backend, tensors, initial_state=initial_state, return_state=return_state,
         cu_seqlens=cu_seqlens, scale=check_scale("log_linear_attention", scale, 1.0), chunk_size=chunk_size,
     )  # fmt: skip
+
+
+class LevelScales(nn.Module):
+    """x [B, T, C] -> level_scales [B, H, T, L] in float32 or wider: softplus(L * proj(x)), arXiv 2506.04761.
+
+    There are levels for sequences of max_length tokens. L [H, L] starts at one: where proj(x) is small all levels weigh
+    about ln 2. It is commonly left out of weight decay.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, max_length: int, **made: Any) -> None:
+        super().__init__()
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"LevelScales: max_length is {max_length!r}, expected a number of tokens above 0")
+        self.max_length = max_length
+        self.L = nn.Parameter(torch.empty(heads, levels_for(max_length), **made))
+        self.proj = nn.Linear(hidden_size, self.L.numel(), bias=False, **made)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.L.fill_(1)
+        self.proj.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales, L = widen(self.proj(x), self.L)
+        return F.softplus(L.flatten() * scales).unflatten(2, L.shape).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"max_length={self.max_length}"
+
+
+class LogLinearMamba2(Mamba2):
+    """`Mamba2` with log-linear attention in the place of ssd (arXiv 2506.04761, section 3): x [B, T, C] -> y [B, T, C].
+
+    max_length    how many tokens a sequence may have, those before `state` included
+    options       those of `Mamba2`
+
+    Beside the parameters of `Mamba2` it has those of `level_scales`, a `LevelScales`.
+    """
+
+    def __init__(self, hidden_size: int, *, max_length: int = 16384, **options: Any) -> None:
+        super().__init__(hidden_size, **options)
+        made: Any = dict(device=self.A_log.device, dtype=self.A_log.dtype)
+        self.level_scales = LevelScales(hidden_size, len(self.A_log), max_length, **made)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "level_scales"):  # not yet while Mamba2 is made
+            self.level_scales.reset_parameters()
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: Any) -> Any:
+        return log_linear_attention(q, k, v, g, self.level_scales(x), **options)
 
 
 def level_sizes(

@@ -244,14 +244,15 @@ class Mamba2(nn.Module):
         """
         conv, memory = state or (None, None)
         wide = wide_dtype(x.dtype)
-        z, u, dt = self.in_proj(zero_rest(x, cu_seqlens)).split(self._widths, dim=-1)
+        x = zero_rest(x, cu_seqlens)
+        z, u, dt = self.in_proj(x).split(self._widths, dim=-1)
         u, conv = self.conv1d(u, state=conv, cu_seqlens=cu_seqlens)
         u, B, C = u.split((self._widths[0], *[self.n_groups * self.state_size] * 2), dim=-1)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)  # [B, T, H]
         q, k = (part.unflatten(2, (self.n_groups, -1)).transpose(1, 2) for part in (C, B))
         u = u.unflatten(2, (-1, self.head_dim))
-        o: Any = ssd(
-            q, k, (dt[..., None] * u).to(u.dtype).transpose(1, 2), -(self.A_log.to(wide).exp() * dt).transpose(1, 2),
+        o: Any = self._attend(
+            x, q, k, (dt[..., None] * u).to(u.dtype).transpose(1, 2), -(self.A_log.to(wide).exp() * dt).transpose(1, 2),
             initial_state=memory, return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
             backend=self.backend,
         )  # fmt: skip
@@ -259,6 +260,10 @@ class Mamba2(nn.Module):
         y = o.transpose(1, 2) + self.D.to(wide)[:, None] * u
         y = self.out_proj(self.norm(y.flatten(2), z).to(x.dtype))
         return (y, LayerState(conv, memory)) if return_state else y
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: Any) -> Any:
+        """What LogLinearMamba2 does otherwise; x is the input of the layer."""
+        return ssd(q, k, v, g, **options)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, state_size={self.state_size}, head_dim={self.head_dim}, n_groups={self.n_groups}"
@@ -270,7 +275,7 @@ class SSDConfig(DecayingConfig):
 
         o_t = sum_s w_ts v_s / sum_s w_ts,  w_ts = exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
 
-    phi are learned maps of positive features (`HedgehogFeatureMap`), g = -softplus(W x + b) with W = 0 and b as
+    phi are learned maps of positive features (`HedgehogFeatureMap`), exp(g) = sigmoid(W x + b) with W = 0 and b as
     half_lives say: it starts as `RetentionConfig` and learns from there to forget where the text says so. layers and
     backend as in `RecurrentConfig`.
     """
