@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkit.kernels._common import INTERPRET
+from effkit.kernels._common import INTERPRET, multiprocessors
 
 # Fewer tokens than this are taken one by one: a chunk of them would be mostly padding.
 SHORT = 16
@@ -24,6 +24,18 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 def groups(heads: int, *tensors: Tensor) -> tuple[int, ...]:
     """How many heads share one head of each tensor."""
     return tuple(heads // x.shape[1] for x in tensors)
+
+
+def segments(chunks: int, programs: int, device: torch.device) -> int:
+    """How many segments the chunks of a head are cut into, so that a scan fills the device: programs times as many.
+
+    Two would cost as much as one, since their chunks are read twice.
+    """
+    wanted = max(1, min(multiprocessors(device) // programs, chunks // _LEAST_CHUNKS))
+    return wanted if wanted > 2 or INTERPRET else 1
+
+
+_LEAST_CHUNKS = 1 if INTERPRET else 4
 
 
 def empty_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from effkit.kernels._recurrent_ops import (
     empty_output,
     for_each_head,
     groups,
+    segments,
     strides,
     sum_heads,
 )
@@ -151,39 +152,90 @@ def _advance(
     return memory
 
 
-# One program owns a BLOCK_K x BLOCK_V tile of one head's memory and goes from chunk to chunk: it reads their keys and
-# values and writes the memory before each, and in the end the one behind all. In reverse it reads queries and
-# cotangents, and writes the gradient of the memory behind each chunk, and in the end of the one before all. The tiles
-# are small, since they are all that runs side by side.
+@triton.jit
+def _locate_tile(segments, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Which batch row, head, segment of chunks and tile of the memory this program owns: (b, h, segment, k, v)."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    b, h, block, v = _locate(segments * tiles_k, H, V, BLOCK_V)
+    return b, h, block // tiles_k, block % tiles_k * BLOCK_K, v
+
+
+@triton.jit
+def _at(m, N, REVERSE: tl.constexpr):
+    """The chunk that is the m-th on the way."""
+    n = tl.cast(m, tl.int64)
+    if REVERSE:
+        n = N - 1 - n
+    return n
+
+
+# One program owns a tile of one head's memory and one segment of chunks: it reads their keys and values (in reverse:
+# queries and cotangents) and writes what the segment adds to the memory, and by how much each channel decays in it.
+@triton.jit(do_not_specialize=LENGTHS)
+def _gla_segments(
+    a_ptr, b_ptr, c_ptr, ends_ptr, factors_ptr,
+    stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
+    T, N, H, a_group, b_group, segments, length, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, segment, k, v = _locate_tile(segments, H, K, V, BLOCK_K, BLOCK_V)
+    a_ptr += b * stride_ab + h // a_group * stride_ah + k
+    b_ptr += b * stride_bb + h // b_group * stride_bh + v
+    c_ptr += (b * H + h) * N * PARTS * C * K + k
+    channels = tl.arange(0, BLOCK_K)
+    memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    factor = tl.full([BLOCK_K], 1.0, tl.float32)
+    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+        n = _at(m, N, REVERSE)
+        chunk_ptr = c_ptr + n * PARTS * C * K
+        memory = _advance(
+            memory, a_ptr + n * C * stride_at, b_ptr + n * C * stride_bt, chunk_ptr,
+            stride_at, stride_bt, T - n * C, K - k, V - v, scale, K, C, PARTS, REVERSE, EXACT, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+        factor *= _decay(chunk_ptr, C - 1, None, channels, K - k, K, C, PARTS)
+    at = (b * H + h) * segments + segment
+    store_block(ends_ptr + (at * K + k) * V + v, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+    tl.store(factors_ptr + at * K + k + channels, factor, mask=(channels < K - k) & (v == 0))
+
+
+# One program owns a tile of one head's memory and one segment of chunks. It adds up what the segments before its own
+# left behind, then goes from chunk to chunk: it reads their keys and values and writes the memory before each. In
+# reverse it reads queries and cotangents, and writes the gradient of the memory behind each chunk. The last segment
+# also writes what is left in the end.
 @triton.jit(do_not_specialize=LENGTHS)
 def _gla_memories(
-    a_ptr, b_ptr, c_ptr, first_ptr, memories_ptr, last_ptr,
+    a_ptr, b_ptr, c_ptr, first_ptr, ends_ptr, factors_ptr, memories_ptr, last_ptr,
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
-    T, N, H, a_group, b_group, scale,
+    T, N, H, a_group, b_group, segments, length, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, v = _locate(tl.cdiv(K, BLOCK_K), H, V, BLOCK_V)
-    k = block * BLOCK_K
+    b, h, segment, k, v = _locate_tile(segments, H, K, V, BLOCK_K, BLOCK_V)
     bh = b * H + h
     a_ptr += b * stride_ab + h // a_group * stride_ah + k
     b_ptr += b * stride_bb + h // b_group * stride_bh + v
     c_ptr += bh * N * PARTS * C * K + k
     tile = k * V + v
-    EXACT: tl.constexpr = memories_ptr.dtype.element_ty != b_ptr.dtype.element_ty
+    channels = tl.arange(0, BLOCK_K)
     memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if first_ptr is not None:
         memory = load_block(first_ptr + bh * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
-    for m in range(0, N):
-        n = tl.cast(m, tl.int64)
-        if REVERSE:
-            n = N - 1 - n
+    if ends_ptr is not None:
+        for earlier in range(0, segment):
+            at = bh * segments + earlier
+            factor = tl.load(factors_ptr + at * K + k + channels, mask=channels < K - k, other=0.0)
+            memory *= factor[:, None]
+            memory += load_block(ends_ptr + at * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+    for m in range(segment * length, tl.minimum((segment + 1) * length, N)):
+        n = _at(m, N, REVERSE)
         store_block(memories_ptr + (bh * N + n) * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
         memory = _advance(
             memory, a_ptr + n * C * stride_at, b_ptr + n * C * stride_bt, c_ptr + n * PARTS * C * K,
             stride_at, stride_bt, T - n * C, K - k, V - v, scale, K, C, PARTS, REVERSE, EXACT, BLOCK_K, BLOCK_V,
         )  # fmt: skip
-    store_block(last_ptr + bh * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+    if segment == segments - 1:
+        store_block(last_ptr + bh * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
 
 
 # One program owns a chunk of one head and BLOCK_V of its outputs: it makes the C x C weights from queries and keys, a
@@ -397,14 +449,28 @@ def _scan(
     a: Tensor, b: Tensor, c: Tensor, first: Tensor | None, last: Tensor, scale: float, dtype: torch.dtype,
     *, reverse: bool,
 ) -> Tensor:  # fmt: skip
-    """The memories before each chunk, [B, H, N, K, V], and into last; in reverse the gradients behind each."""
+    """The memories before each chunk, [B, H, N, K, V], and into last; in reverse the gradients behind each.
+
+    Where the heads alone would leave most of the device idle, the chunks are cut into segments that run side by side:
+    one more pass over a and b finds what each leaves behind.
+    """
     B, H, N, _, _, K = c.shape
     V = b.shape[3]
     memories = c.new_empty(B, H, N, K, V, dtype=dtype)
     tile = pick(MEMORIES, a, b)
-    _gla_memories[B * H * triton.cdiv(K, tile.BLOCK_K) * triton.cdiv(V, tile.BLOCK_V),](
-        a, b, c, first, memories, last, *strides(a, b), a.shape[2], N, H, *groups(H, a, b), scale,
-        K=K, V=V, REVERSE=reverse, **_chunk(c), **tile._asdict(),
+    programs = B * H * triton.cdiv(K, tile.BLOCK_K) * triton.cdiv(V, tile.BLOCK_V)
+    length = triton.cdiv(N, segments(N, programs, a.device))
+    shared = dict(
+        T=a.shape[2], N=N, H=H, a_group=H // a.shape[1], b_group=H // b.shape[1], segments=triton.cdiv(N, length),
+        length=length, scale=scale, K=K, V=V, REVERSE=reverse, EXACT=dtype != a.dtype, **_chunk(c), **tile._asdict(),
+    )  # fmt: skip
+    ends = factors = None
+    if shared["segments"] > 1:
+        ends = last.new_empty(B, H, shared["segments"], K, V)
+        factors = last.new_empty(B, H, shared["segments"], K)
+        _gla_segments[programs * shared["segments"],](a, b, c, ends, factors, *strides(a, b), **shared)
+    _gla_memories[programs * shared["segments"],](
+        a, b, c, first, ends, factors, memories, last, *strides(a, b), **shared
     )  # fmt: skip
     return memories
 
@@ -577,7 +643,9 @@ def gated_linear_attention(
     return o, RecurrentState(last, next_position(q, initial_state))
 
 
-_FLOAT32_POINTERS = ("c_ptr", "first_ptr", "last_ptr", "g_ptr", "dg_ptr", "dmemories_ptr")
+_FLOAT32_POINTERS = (
+    "c_ptr", "first_ptr", "last_ptr", "ends_ptr", "factors_ptr", "g_ptr", "dg_ptr", "dmemories_ptr",
+)  # fmt: skip
 
 
 def _spec(kernel: Any, tile: Tile, arch: int, width: int, dtype: str, pass_: str = "", **constants: Any) -> AotSpec:
@@ -585,12 +653,14 @@ def _spec(kernel: Any, tile: Tile, arch: int, width: int, dtype: str, pass_: str
     parts = 2 if dtype == "fp32" else 1
     known = {"K": width, "V": width, "C": 64, "PARTS": parts, "LEVELS": 6, **tile._asdict(), **constants}
     known["BLOCK_V"] = min(tile.BLOCK_V, width)
-    known = {name: value for name, value in known.items() if name in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
+    known |= {name: None for name in ("ends_ptr", "factors_ptr") if width == 64 and kernel is _gla_memories}
+    known["EXACT"] = pass_ != "" and dtype != "fp32"
+    known = {name: value for name, value in known.items() if name in kernel.arg_names}
     wide = _FLOAT32_POINTERS if pass_ == "" else (*_FLOAT32_POINTERS, "memories_ptr")
     types |= {name: "*fp32" if name in wide else f"*{dtype}" for name in kernel.arg_names if name.endswith("_ptr")}
     name = "-".join([kernel.__name__.lstrip("_"), str(width), dtype, *([pass_] if pass_ else [])])
-    products = kernel in (_gla_memories, _gla_output, _gla_gradients)
+    products = kernel in (_gla_segments, _gla_memories, _gla_output, _gla_gradients)
     needs = ("wgmma",) if arch == 90 and dtype == "bf16" and products else ()
     return AotSpec(name, kernel, types, known, tile.num_warps, tile.num_stages, arch, needs)
 
@@ -605,6 +675,7 @@ def aot_specs() -> Iterator[AotSpec]:
             yield _spec(_gla_memories, MEMORIES[key], arch, width, dtype, REVERSE=False)
             yield _spec(_gla_memories, MEMORIES[key], arch, width, dtype, "again", REVERSE=False)
             yield _spec(_gla_memories, MEMORIES[key], arch, width, dtype, "backward", REVERSE=True)
+            yield _spec(_gla_segments, MEMORIES[key], arch, width, dtype, "backward", REVERSE=True)
             yield _spec(_gla_output, OUTPUT[key], arch, width, dtype, REVERSE=False)
             yield _spec(_gla_output, OUTPUT[key], arch, width, dtype, "backward", REVERSE=True)
             yield _spec(_gla_gradients, GRADIENTS[key], arch, width, dtype, "backward")

@@ -240,7 +240,8 @@ class GatedLinearAttention(nn.Module):
             chunk_size=self.chunk_size, backend=self.backend,
         )  # fmt: skip
         o, *last = result if isinstance(result, tuple) else (result,)
-        y = self.o_proj(self.g_norm(o.transpose(1, 2)).flatten(2) * F.silu(self.g_proj(x)))
+        o = o.transpose(1, 2).to(self.g_norm.weight.dtype)  # under autocast o is half, the norm is not
+        y = self.o_proj(self.g_norm(o).flatten(2) * F.silu(self.g_proj(x)))
         return (y, *last) if return_state else y
 
     def _heads(self, x: Tensor) -> Tensor:
