@@ -231,6 +231,15 @@ def no_match(what: str, wanted: Sequence[str], available: Iterable[str]) -> Valu
     )
 
 
+def pick_layers(layers: Sequence[int] | None, count: int) -> list[int]:
+    """The numbers of the layers that a config names, in order: negative ones count from the end, None is all."""
+    wanted = range(count) if layers is None else layers
+    for layer in wanted:
+        if not -count <= layer < count:
+            raise ValueError(f"layers is {layers}, but there is no {layer}: the model has {count} layers")
+    return sorted({layer % count for layer in wanted})
+
+
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")

@@ -404,18 +404,24 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert effkit.describe(loaded) == effkit.describe(model)
 
 
-def test_hybrids_stack() -> None:
-    """A window on some layers, states on others, exact attention in the rest; undone in reverse."""
+@pytest.mark.parametrize("window_first", [True, False])
+def test_hybrids_stack(window_first: bool) -> None:
+    """A window on one layer, a state on another, plain attention in the third; undone in reverse."""
     model, batch = original(num_hidden_layers=3), Batch.of("left")
     logits = batch.logits(model)
-    changes = effkit.apply(
-        model,
-        attention.SlidingWindowConfig(window=4, layers=(0, 1)),
-        attention.RetentionConfig(layers=(1,)),
-    )
+    configs = attention.SlidingWindowConfig(window=4, layers=(2,)), attention.RetentionConfig(layers=(0,))
+    changes: Any = effkit.apply(model, *(configs if window_first else reversed(configs)))
+    assert sorted(changes.matched) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
     assert_same(model, lambda m: batch.logits_in_pieces(m, (6, 7, 10)), batch.logits_by_row)
     changes.undo()
     assert torch.equal(batch.logits(model), logits)
+
+
+def test_a_window_on_a_layer_with_a_state_is_refused() -> None:
+    model = swapped(attention.RetentionConfig(layers=(0,)))
+    with pytest.raises(ValueError, match=r"layers is \(0,\), but model.layers.0.self_attn has a recurrent state"):
+        effkit.apply(model, attention.SlidingWindowConfig(window=4, layers=(0,)))
+    assert effkit.apply(model, attention.SlidingWindowConfig(window=4)).matched == ["model.layers.1.self_attn"]
 
 
 def test_half_precision() -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from effkit.attention._recurrent import map_state
 from effkit.attention._swap import RecurrentConfig
-from effkit.change import Edit, PutBack, no_match, set_module
+from effkit.change import Edit, PutBack, no_match, pick_layers, set_module
 from effkit.hf.mask import MaskSpec
 from effkit.hf.mixers import make_mixer
 from effkit.hf.state_cache import state_layer
@@ -39,7 +39,7 @@ def swap_attention(model: nn.Module, config: RecurrentConfig, data: Iterable[Any
     if not names:
         kinds = (type(module).__name__ for module in model.modules() if "Attention" in type(module).__name__)
         raise no_match(type(config).__name__, FAMILIES, kinds)
-    old = {names[layer]: model.get_submodule(names[layer]) for layer in _chosen(config, len(names))}
+    old = {names[layer]: model.get_submodule(names[layer]) for layer in pick_layers(config.layers, len(names))}
     for name, module in old.items():
         if isinstance(module, RecurrentAttention):
             raise ValueError(f"layers is {config.layers}, but {name} is recurrent already; choices: other layers, undo")
@@ -48,15 +48,6 @@ def swap_attention(model: nn.Module, config: RecurrentConfig, data: Iterable[Any
         set_module(model, name, swapped)
     added = sum(p.numel() for swapped in new.values() for p in swapped.mixer.parameters())
     return Edit(list(old), PutBack(model, old), notes={"new parameters": f"{added:,}"})
-
-
-def _chosen(config: RecurrentConfig, count: int) -> list[int]:
-    """The numbers of the layers that a config names, in order."""
-    wanted = range(count) if config.layers is None else config.layers
-    for layer in wanted:
-        if not -count <= layer < count:
-            raise ValueError(f"layers is {config.layers}, but there is no {layer}: the model has {count} layers")
-    return sorted({layer % count for layer in wanted})
 
 
 class Tokens(NamedTuple):

@@ -21,8 +21,9 @@ from transformers.cache_utils import DynamicLayer
 
 from effkit.attention.sliding_window import SlidingWindowConfig
 from effkit.attention.softmax import SoftmaxAttentionConfig
-from effkit.change import Edit
+from effkit.change import Edit, pick_layers
 from effkit.hf.attention import options_of, probe, set_options, use_attention
+from effkit.hf.recurrent import RecurrentAttention
 from effkit.hf.window_cache import WindowLayer
 
 
@@ -58,11 +59,12 @@ def _undo(handles: list[RemovableHandle], undo_attention: Callable[[], None]) ->
 
 def _chosen(model: nn.Module, paths: Sequence[str], config: SlidingWindowConfig) -> list[str]:
     """The paths of the layers that a config asks for; ValueError where one does not exist or looks both ways."""
-    wanted = range(len(paths)) if config.layers is None else config.layers
-    missing = [layer for layer in wanted if not -len(paths) <= layer < len(paths)]
-    if missing:
-        raise ValueError(f"layers is {config.layers}, but there is no {missing[0]}: the model has {len(paths)} layers")
-    chosen = [path for i, path in enumerate(paths) if i in wanted or i - len(paths) in wanted]
+    recurrent = [path for path, module in model.named_modules() if isinstance(module, RecurrentAttention)]
+    layers = [path for path, _ in model.named_modules() if path in paths or path in recurrent]
+    chosen = list(paths) if config.layers is None else [layers[i] for i in pick_layers(config.layers, len(layers))]
+    for path in chosen:
+        if path in recurrent:
+            raise ValueError(f"layers is {config.layers}, but {path} has a recurrent state; choices: other layers")
     both_ways = [path for path in chosen if not getattr(model.get_submodule(path), "is_causal", True)]
     if both_ways:
         raise ValueError(f"window is {config.window}, but {both_ways[0]} attends in both directions; choices: layers")

@@ -87,12 +87,12 @@ def distill(
     change: Change,
     batches: Sequence[Tensor],
     *,
-    lr: float = 1e-3,
+    lr: float = 5e-3,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Trains the modules that a change has put into the model to give what those before them gave, and nothing else.
 
-    Copies of the original modules stand in the model while it reads a batch, int64 [rows, length]; each new module then
+    Copies of the original modules stand in the model while it reads a batch, as `heal` does; each new module then
     learns, from the input of the original it stands for, its output. So no error of one layer reaches the next, and no
     gradient passes through the rest of the model. What is minimised, and returned for every step, is the mean over the
     modules of |new - old|^2 / |old|^2. Schedule, on_step and dtype as in `heal`, which is the next step.
@@ -125,7 +125,7 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], batch: Tensor) -> li
     put_back = PutBack(model, {name: model.get_submodule(name) for name in modules})
     try:
         PutBack(model, modules)()
-        model(input_ids=batch.to(_device(model)), use_cache=False)
+        model(input_ids=batch[:, :-1].to(_device(model)), use_cache=False)
     finally:
         put_back()
         for handle in handles:
