@@ -26,7 +26,7 @@ def groups(heads: int, *tensors: Tensor) -> tuple[int, ...]:
     return tuple(heads // x.shape[1] for x in tensors)
 
 
-def segments(chunks: int, programs: int, device: torch.device) -> int:
+def n_segments(chunks: int, programs: int, device: torch.device) -> int:
     """How many segments the chunks of a head are cut into, so that a scan fills the device: programs times as many.
 
     Two would cost as much as one, since their chunks are read twice.

@@ -33,7 +33,7 @@ from effkit.kernels._recurrent_ops import (
     empty_output,
     for_each_head,
     groups,
-    segments,
+    n_segments,
     strides,
     sum_heads,
 )
@@ -459,17 +459,18 @@ def _scan(
     memories = c.new_empty(B, H, N, K, V, dtype=dtype)
     tile = pick(MEMORIES, a, b)
     programs = B * H * triton.cdiv(K, tile.BLOCK_K) * triton.cdiv(V, tile.BLOCK_V)
-    length = triton.cdiv(N, segments(N, programs, a.device))
+    length = triton.cdiv(N, n_segments(N, programs, a.device))
+    segments = triton.cdiv(N, length)
     shared = dict(
-        T=a.shape[2], N=N, H=H, a_group=H // a.shape[1], b_group=H // b.shape[1], segments=triton.cdiv(N, length),
-        length=length, scale=scale, K=K, V=V, REVERSE=reverse, EXACT=dtype != a.dtype, **_chunk(c), **tile._asdict(),
+        T=a.shape[2], N=N, H=H, a_group=H // a.shape[1], b_group=H // b.shape[1], segments=segments, length=length,
+        scale=scale, K=K, V=V, REVERSE=reverse, EXACT=dtype != a.dtype, **_chunk(c), **tile._asdict(),
     )  # fmt: skip
     ends = factors = None
-    if shared["segments"] > 1:
-        ends = last.new_empty(B, H, shared["segments"], K, V)
-        factors = last.new_empty(B, H, shared["segments"], K)
-        _gla_segments[programs * shared["segments"],](a, b, c, ends, factors, *strides(a, b), **shared)
-    _gla_memories[programs * shared["segments"],](
+    if segments > 1:
+        ends = last.new_empty(B, H, segments, K, V)
+        factors = last.new_empty(B, H, segments, K)
+        _gla_segments[programs * segments,](a, b, c, ends, factors, *strides(a, b), **shared)
+    _gla_memories[programs * segments,](
         a, b, c, first, ends, factors, memories, last, *strides(a, b), **shared
     )  # fmt: skip
     return memories
