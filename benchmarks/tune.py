@@ -66,6 +66,20 @@ _CHUNK_TILES = {
     4: [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1), (64, 64, 8, 1)],
 }
 CHUNKS = {(width, size): tiles for size, tiles in _CHUNK_TILES.items() for width in (64, 128, 256)}
+# Gates of each channel: their decays take the registers of more columns of keys.
+_CHANNEL_TILES = {
+    2: [
+        (16, 64, 4, 2),
+        (32, 64, 4, 2),
+        (32, 64, 8, 2),
+        (32, 64, 8, 3),
+        (32, 128, 8, 2),
+        (64, 64, 8, 2),
+        (64, 128, 8, 2),
+    ],
+    4: [(16, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1), (16, 16, 8, 1)],
+}
+GATED_CHUNKS = {(width, size): tiles for size, tiles in _CHANNEL_TILES.items() for width in (64, 128, 256)}
 
 # key is (architecture, width, bytes of an element), tile the values of the kernel module's Tile.
 Key = tuple[int, int, int]
@@ -154,6 +168,9 @@ TABLES = (
     Table("effkit.kernels.chunk_scan:MEMORIES", "ssd", False, CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.chunk_scan:OUTPUT", "ssd", False, CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.chunk_scan:GRADIENTS", "ssd", True, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.chunk_gla:MEMORIES", "gated_linear_attention", False, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.chunk_gla:OUTPUT", "gated_linear_attention", False, GATED_CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.chunk_gla:GRADIENTS", "gated_linear_attention", True, GATED_CHUNKS, _short_scan, _scan),
     Table(
         "effkit.kernels.dyt:_FWD",
         "dynamic_tanh",
