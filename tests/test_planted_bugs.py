@@ -99,7 +99,7 @@ BUGS = (
         for bug in (
             Bug("nothing erased for queries", LOG_LINEAR_DELTA, "from_start = q * decay - scores @ erase",
                 "from_start = q * decay", ("one past a chunk",)),
-            Bug("nothing erased in blocks", LOG_LINEAR_DELTA, "decay * memory - key.mT @ erased", "decay * memory",
+            Bug("nothing erased in blocks", LOG_LINEAR_DELTA, "kept * memory - key.mT @ erased", "kept * memory",
                 ("small chunks",)),
             Bug("sources not erased", LOG_LINEAR_DELTA, "(scores @ inverse) * within_chunk", "scores * within_chunk",
                 ("primes",)),

@@ -285,6 +285,16 @@ if not INTERPRET:
         short, long = kept_per_token(256), kept_per_token(2048)
         assert long < 1.1 * short
 
+    @every_op
+    def test_torch_path_has_second_derivatives_and_composes(op: Callable[..., Any]) -> None:
+        inputs = {name: x.double()[..., :3] if x.ndim == 4 else x.double() for name, x in tensors(op, 5, B=1).items()}
+        inputs["level_scales"] = torch.rand(1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        call = lambda *x: op(*x, chunk_size=2, backend="torch")  # noqa: E731
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+        found = torch.func.grad(lambda x: op(**x, chunk_size=2, backend="torch").sum())(inputs)
+        assert all(map(torch.equal, found.values(), torch.autograd.grad(call(*leaves).sum(), leaves)))
+
     def test_a_step_of_decoding_never_looks_right_past_the_last_level() -> None:
         """Where the position is not read on the host, as under torch.compile."""
         inputs = tensors(log_linear_attention, 8, L=4)

@@ -9,13 +9,12 @@ finds the same blocks at the same levels for all of its tokens, and sees itself 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from effkit.attention._recurrent import check_chunk_size, check_inputs, chunk_length, span_length
 from effkit.ops import Op
@@ -259,14 +258,33 @@ def within_chunk(level_scales: Tensor) -> Tensor:
 
 
 def read(weights: list[Tensor], q: Tensor, blocks: list[Tensor]) -> Tensor:
-    """sum_i (weights_i q) blocks_i for weights [..., T], q [..., T, K], blocks [..., K, V].
-
-    Backward computes the products weights_i q again: kept for all levels they were log2(T) times as large as q.
-    """
-    if not torch.is_grad_enabled():
-        return _read(weights, q, blocks)
-    return checkpoint(_read, weights, q, blocks, use_reentrant=False, preserve_rng_state=False)
+    """sum_i (weights_i q) blocks_i for weights [..., T], q [..., T, K], blocks [..., K, V]."""
+    return _Read.apply(q, *weights, *blocks)
 
 
-def _read(weights: list[Tensor], q: Tensor, blocks: list[Tensor]) -> Tensor:
-    return torch.cat([w[..., None] * q for w in weights], -1) @ torch.cat(blocks, -2)
+class _Read(torch.autograd.Function):
+    """Keeps its inputs for backward and nothing else: the products weights_i q would be log2(T) times as large as q."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, *parts: Tensor) -> Tensor:
+        weights, blocks = _halves(parts)
+        return torch.cat([w[..., None] * q for w in weights], -1) @ torch.cat(blocks, -2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        q, *parts = ctx.saved_tensors
+        weights, blocks = _halves(parts)
+        d_queries = [d_out @ block.mT for block in blocks]  # [..., T, K]
+        d_q = sum(w[..., None] * d for w, d in zip(weights, d_queries, strict=True))
+        d_blocks = [(w[..., None] * q).mT @ d_out for w in weights]
+        return d_q, *((d * q).sum(-1) for d in d_queries), *d_blocks
+
+
+def _halves(parts: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return list(parts[: len(parts) // 2]), list(parts[len(parts) // 2 :])

@@ -16,12 +16,12 @@ log2(T / C) / 2 blocks that a chunk finds and has to carry on, in a loop over ch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from effkit.attention._fenwick import (
     Blocks,
@@ -135,35 +135,65 @@ def _piece(
     from_start = q * decay - scores @ erase  # a query as the memory before the chunk meets it
     to_end = k * (c[..., -1:] - c).to(q.dtype).exp()[..., None]  # from the token to the end of the chunk
     rows = torch.cat((from_start, erase), dim=3)
-    chunks = [x.unbind(2) for x in (rows, to_end, inverse @ values, decay[..., -1:, :], level_scales)]
-    if torch.is_grad_enabled():  # backward scans again: of the blocks only those before the piece are kept for it
-        seen, after = checkpoint(_scan, blocks, chunks, use_reentrant=False, preserve_rng_state=False)
-    else:
-        seen, after = _scan(blocks, chunks)
+    levels = sorted({*blocks, *past_blocks((c.shape[2] - 1) * C)})
+    per_chunk = (rows, to_end, inverse @ values, decay[..., -1:, :], level_scales)
+    seen, *after_chunks = _Scan.apply(tuple(blocks), *per_chunk, *blocks.values())
+    after = dict(zip(levels, after_chunks, strict=True))
     key, inverse, values = to_end[:, :, -1], inverse[:, :, -1], values[:, :, -1]
     for i, tokens in past_blocks((T - 1) % C).items():  # of the last chunk
         after[i] = key.mT @ (inverse[..., tokens] @ values[:, :, tokens])
     return (within + seen).flatten(2, 3)[:, :, :T], after
 
 
-def _scan(blocks: Blocks, chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, Blocks]:
-    """What each chunk reads from the blocks before it, [B, H, N, C, V], and the blocks after the last chunk."""
-    outs = []
-    for n, (rows, key, written, decay, scales) in enumerate(zip(*chunks, strict=True)):
-        C, V = written.shape[2:]
+class _Scan(torch.autograd.Function):
+    """`_scan` that is repeated in backward: of all the blocks only those before the piece are kept for it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(levels: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _scan(levels, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.levels, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Any, ...]:
+        pull = torch.func.vjp(partial(_scan, ctx.levels), *ctx.saved_tensors)[1]
+        return None, *pull(d_outs)
+
+
+def _scan(
+    levels: tuple[int, ...],
+    rows: Tensor,
+    to_end: Tensor,
+    written: Tensor,
+    decay: Tensor,
+    level_scales: Tensor,
+    *before: Tensor,
+) -> tuple[Tensor, ...]:
+    """What each chunk reads from the blocks before it, [B, H, N, C, V], and the blocks after all, by rising level.
+
+    rows [B, H, N, 2 C, K] are queries and what they erase, `before` are blocks at `levels`.
+    """
+    blocks, outs = dict(zip(levels, before, strict=True)), []
+    chunks = zip(*(x.unbind(2) for x in (rows, to_end, written, decay, level_scales)), strict=True)
+    for n, (row, key, new, kept, scales) in enumerate(chunks):
+        C, V = new.shape[2:]
         blocks = carried(blocks, n * C) if n else blocks
-        after = {0: key.mT @ written}
+        after = {0: key.mT @ new}
         if blocks:
             memory = torch.cat(list(blocks.values()), dim=3)  # [B, H, K, V of each block]
-            seen, erased = (rows @ memory).split(C, dim=2)
+            seen, erased = (row @ memory).split(C, dim=2)
             weights = torch.stack([scales[..., i] for i in blocks], dim=-1)
             outs.append((weights[..., None] * seen.unflatten(3, (-1, V))).sum(3))
-            kept = (decay * memory - key.mT @ erased).split(V, dim=3)
-            after |= dict(zip(blocks, kept, strict=True))
+            after |= dict(zip(blocks, (kept * memory - key.mT @ erased).split(V, dim=3), strict=True))
         else:
-            outs.append(torch.zeros_like(written))
+            outs.append(torch.zeros_like(new))
         blocks = after
-    return torch.stack(outs, dim=2), blocks
+    return torch.stack(outs, dim=2), *(blocks[i] for i in sorted(blocks))
 
 
 def log_linear_gated_delta_rule(
