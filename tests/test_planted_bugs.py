@@ -147,6 +147,8 @@ BUGS = (
             Bug("own products pass a gate", GLA_KERNEL, "(wide_k * dk - written)", "wide_k * dk", ("a chunk",)),
             Bug("memory not decayed", GLA_KERNEL, "dot(rounded, b, memory * across)", "dot(rounded, b, memory)",
                 ("several chunks",)),
+            Bug("segments do not decay", GLA_KERNEL, "memory *= factor[:, None]", "memory *= 1.0",
+                ("several chunks",)),
             Bug("few tokens forget nothing", GLA_KERNEL, "memory * tl.exp(g) + k", "memory + k", ("two",)),
         )
     ),
