@@ -119,6 +119,20 @@ def test_state_says_its_position_and_is_wide(op: Op, backend: str) -> None:
 
 @every_op
 @every_backend
+def test_autocast_rounds_what_comes_in_alone(op: Op, backend: str) -> None:
+    """As the dtype of q, k and v; sums within are as wide as without it."""
+    has(op, backend)
+    inputs = inputs_of(op, 21)
+    rounded = {name: x.bfloat16() if name in ("q", "k", "v") else x for name, x in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = run(op, backend, inputs, return_state=True)
+    same, memory = run(op, backend, rounded, return_state=True)
+    assert o.dtype == torch.bfloat16 and torch.equal(o, same)
+    assert all(torch.equal(a, b) for a, b in zip(state, memory, strict=True) if a is not None)
+
+
+@every_op
+@every_backend
 def test_packed_equals_separate(op: Op, backend: str) -> None:
     """Outputs, states and gradients, with states to continue from; an empty sequence keeps its own."""
     has(op, backend)

@@ -150,7 +150,10 @@ def run(
         )
 
     def call(part: Mapping[str, Tensor | None], initial: Any) -> tuple[Tensor, Any]:
-        return op.run(backend, **part, initial_state=initial, **options)
+        if not torch.is_autocast_enabled(q.device.type):
+            return op.run(backend, **part, initial_state=initial, **options)
+        with torch.autocast(q.device.type, enabled=False):  # the inputs are rounded by now; sums are not to be
+            return op.run(backend, **part, initial_state=initial, **options)
 
     if cu_seqlens is None:
         o, state = call(tensors, initial_state)
