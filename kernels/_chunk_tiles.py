@@ -18,7 +18,7 @@ from torch import Tensor
 from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot
 
 # Lengths change from call to call; a build for "multiple of 16" and another for "1" would buy nothing.
-LENGTHS = ["T", "N", "H", "q_group", "k_group", "v_group"]
+LENGTHS = ["T", "N", "H", "segments", "length", *(f"{name}_group" for name in "qkvabx")]
 
 
 @triton.jit
@@ -37,6 +37,13 @@ def store_block(ptr, stride_row, n_rows, n_columns, x, ROWS: tl.constexpr, COLUM
     columns = tl.arange(0, COLUMNS)
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     tl.store(ptr + rows[:, None] * stride_row + columns[None, :], cast(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_row(ptr, x, n, C: tl.constexpr):
+    """The first n of x [C] to ptr."""
+    i = tl.arange(0, C)
+    tl.store(ptr + i, x, mask=i < n)
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def through_memory(
     for w in range(0, WIDTH, BLOCK_IN):
         x = load_block(x_ptr + w, stride_x, 1, n_rows, WIDTH - w, C, BLOCK_IN)
         memory = load_block(memory_ptr + w * stride_in, stride_in, stride_out, WIDTH - w, n_out, BLOCK_IN, BLOCK_OUT)
-        if memory.dtype != x.dtype:
+        if memory.dtype == tl.float32:
             memory = cast(memory, x.dtype)
         products = dot(x, memory, products)
     return products
@@ -110,13 +117,14 @@ def through_memory(
 
 @triton.jit
 def write_rows(
-    out_ptr, weights, z_ptr, factor, x_ptr, memory_ptr, partner_ptr,
+    out_ptr, weights, z_ptr, factor, x_ptr, memory_ptr, partner_ptr, shift, column_ptr,
     stride_o, stride_z, stride_x, stride_in, stride_out, stride_partner, n_rows,
     WIDTH: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """Write weights z + factor * (x M) to out, for a chunk of rows x [C, WIDTH], weights [C, C] and z, out [C, OUT].
 
-    Returns the products of the rows of factor * (x M) with those of a partner [C, OUT], or zeros without one.
+    Where there is a column [OUT], shift [C] times it is added. Returns the products of the rows of factor * (x M) with
+    those of a partner [C, OUT], or zeros without one.
     """
     products = tl.zeros([C], tl.float32)
     for w in range(0, OUT, BLOCK_OUT):
@@ -127,6 +135,10 @@ def write_rows(
         if partner_ptr is not None:
             partner = load_block(partner_ptr + w, stride_partner, 1, n_rows, OUT - w, C, BLOCK_OUT)
             products += tl.sum(partner.to(tl.float32) * rows, 1)
+        if column_ptr is not None:
+            columns = tl.arange(0, BLOCK_OUT)
+            column = tl.load(column_ptr + w + columns, mask=columns < OUT - w, other=0.0)
+            rows += shift[:, None] * column[None, :]
         rows = dot(weights, load_block(z_ptr + w, stride_z, 1, n_rows, OUT - w, C, BLOCK_OUT), rows)
         store_block(out_ptr + w, stride_o, n_rows, OUT - w, rows, C, BLOCK_OUT)
     return products
@@ -215,7 +227,7 @@ def build(
     sizes = {"K": width, "V": width, "C": 64, "BLOCK_K": tile.BLOCK_K, "BLOCK_V": tile.BLOCK_V}
     known = sizes | constants | dict.fromkeys(absent)
     given = [name for name in kernel.arg_names if name not in known]
-    signature = {name: "fp32" if name == "scale" else "i32" for name in given}
+    signature = {name: "fp32" if name in ("scale", "eps") else "i32" for name in given}
     signature |= {x: "*fp32" if x in float32 or x == "c_ptr" else f"*{dtype}" for x in given if x.endswith("_ptr")}
     chosen = {name: known[name] for name in kernel.arg_names if name in known}
     needs = ("wgmma",) if products and arch == 90 and dtype == "bf16" else ()

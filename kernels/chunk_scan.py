@@ -16,6 +16,8 @@ and dq, dk and dv are each a product within the chunk plus one with S or G.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from effkit.attention._recurrent import RecurrentState, next_position
-from effkit.attention.linear import attend
 from effkit.attention.retnet import spread
 from effkit.kernels._chunk_tiles import (
     LENGTHS,
@@ -43,12 +43,13 @@ from effkit.kernels._chunk_tiles import (
     pick,
     row_products,
     store_block,
+    store_row,
     summary,
     to_end,
     weighted,
     write_rows,
 )
-from effkit.kernels._common import INTERPRET, AotSpec, cast, distinct, multiprocessors, unit_stride
+from effkit.kernels._common import AotSpec, cast, distinct, unit_stride
 from effkit.kernels._recurrent_ops import (
     SHORT,
     define,
@@ -56,6 +57,7 @@ from effkit.kernels._recurrent_ops import (
     empty_output,
     for_each_head,
     groups,
+    n_segments,
     strides,
     sum_heads,
 )
@@ -76,7 +78,7 @@ def _locate(
 
 @triton.jit
 def _advance(
-    memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale,
+    memory, a_ptr, b_ptr, c_ptr, rows_ptr, stride_at, stride_bt, n, T, k, v, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +86,10 @@ def _advance(
     start = tl.cast(n, tl.int64) * C
     a = load_block(a_ptr + start * stride_at + k, stride_at, 1, T - start, K - k, C, BLOCK_K)
     b = load_block(b_ptr + start * stride_bt + v, stride_bt, 1, T - start, V - v, C, BLOCK_V)
-    if c_ptr is None:
+    if rows_ptr is not None:
+        i = tl.arange(0, C)
+        memory += scale * summary(a, b, tl.load(rows_ptr + start + i, mask=i < T - start, other=0.0))
+    elif c_ptr is None:
         memory += scale * summary(a, b, None)
     else:
         chunk_ptr = c_ptr + 2 * start
@@ -100,7 +105,7 @@ def _advance(
 # queries and cotangents) and writes what the segment adds to the memory, and by how much it lets an earlier one decay.
 @triton.jit(do_not_specialize=LENGTHS)
 def _chunk_segments(
-    a_ptr, b_ptr, c_ptr, ends_ptr, factors_ptr,
+    a_ptr, b_ptr, c_ptr, rows_ptr, ends_ptr, factors_ptr,
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
     T, N, H, a_group, b_group, segments, length, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
@@ -111,6 +116,8 @@ def _chunk_segments(
     b_ptr += b * stride_bb + h // b_group * stride_bh
     if c_ptr is not None:
         c_ptr += (b * H + h) * N * 2 * C
+    if rows_ptr is not None:
+        rows_ptr += (b * H + h) * T
     memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     first = segment * length
     stop = tl.minimum(first + length, N)
@@ -119,8 +126,9 @@ def _chunk_segments(
         if REVERSE:
             n = N - 1 - m
         memory = _advance(
-            memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale, K, V, C, BLOCK_K, BLOCK_V, REVERSE
-        )
+            memory, a_ptr, b_ptr, c_ptr, rows_ptr, stride_at, stride_bt, n, T, k, v, scale,
+            K, V, C, BLOCK_K, BLOCK_V, REVERSE,
+        )  # fmt: skip
     at = (b * H + h) * segments + segment
     store_block(ends_ptr + at * K * V + k * V + v, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
     if factors_ptr is not None:
@@ -139,7 +147,7 @@ def _chunk_segments(
 # BLOCK_K + BLOCK_V columns, and as large as leaves the accumulator in registers.
 @triton.jit(do_not_specialize=LENGTHS)
 def _chunk_memories(
-    a_ptr, b_ptr, c_ptr, first_ptr, ends_ptr, factors_ptr, memories_ptr, last_ptr,
+    a_ptr, b_ptr, c_ptr, rows_ptr, first_ptr, ends_ptr, factors_ptr, memories_ptr, last_ptr,
     stride_ab, stride_ah, stride_at, stride_bb, stride_bh, stride_bt,
     T, N, H, a_group, b_group, segments, length, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
@@ -161,6 +169,8 @@ def _chunk_memories(
             memory += load_block(ends_ptr + at * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
     if c_ptr is not None:
         c_ptr += bh * N * 2 * C
+    if rows_ptr is not None:
+        rows_ptr += bh * T
     first = segment * length
     for m in range(first, tl.minimum(first + length, N)):
         n = m
@@ -168,8 +178,9 @@ def _chunk_memories(
             n = N - 1 - m
         store_block(memories_ptr + (bh * N + n) * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
         memory = _advance(
-            memory, a_ptr, b_ptr, c_ptr, stride_at, stride_bt, n, T, k, v, scale, K, V, C, BLOCK_K, BLOCK_V, REVERSE
-        )
+            memory, a_ptr, b_ptr, c_ptr, rows_ptr, stride_at, stride_bt, n, T, k, v, scale,
+            K, V, C, BLOCK_K, BLOCK_V, REVERSE,
+        )  # fmt: skip
     if segment == segments - 1:
         store_block(last_ptr + bh * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
 
@@ -199,16 +210,9 @@ def _chunk_output(
     scores = row_products(q_ptr, k_ptr, stride_qt, stride_kt, n_rows, K, C, BLOCK_K)
     weights = cast(scale * weighted(scores, c_ptr, C, KEYS_FIRST=False), q_ptr.dtype.element_ty)
     write_rows(
-        o_ptr, weights, v_ptr, from_memory, q_ptr, memories_ptr + at * K * V, None,
+        o_ptr, weights, v_ptr, from_memory, q_ptr, memories_ptr + at * K * V, None, None, None,
         stride_ot, stride_vt, stride_qt, V, 1, 0, n_rows, K, V, C, BLOCK_K, BLOCK_V,
     )  # fmt: skip
-
-
-@triton.jit
-def _store_row(ptr, x, n, C: tl.constexpr):
-    """The first n of x [C]."""
-    i = tl.arange(0, C)
-    tl.store(ptr + i, x, mask=i < n)
 
 
 @triton.jit
@@ -236,11 +240,11 @@ def _query_gradient(
     dpairs = row_products(do_ptr, v_ptr, stride_dot, stride_vt, n_rows, V, C, BLOCK_V)  # [queries, keys]
     weights = cast(scale * weighted(dpairs, c_ptr, C, KEYS_FIRST=False), k_ptr.dtype.element_ty)
     read = write_rows(
-        dq_ptr, weights, k_ptr, from_memory, do_ptr, memory_ptr, q_ptr,
+        dq_ptr, weights, k_ptr, from_memory, do_ptr, memory_ptr, q_ptr, None, None,
         stride_dqt, stride_kt, stride_dot, 1, V, stride_qt, n_rows, V, K, C, BLOCK_V, BLOCK_K,
     )  # fmt: skip
     if c_ptr is not None:
-        _store_row(dg_ptr, tl.cumsum(read, 0, reverse=True), n_rows, C)
+        store_row(dg_ptr, tl.cumsum(read, 0, reverse=True), n_rows, C)
 
 
 @triton.jit
@@ -256,7 +260,7 @@ def _key_gradient(
     if c_ptr is None:
         into_memory = tl.full([C], 1.0, tl.float32)
         write_rows(
-            dk_ptr, cast(weights, dtype), q_ptr, into_memory, v_ptr, dmemory_ptr, None,
+            dk_ptr, cast(weights, dtype), q_ptr, into_memory, v_ptr, dmemory_ptr, None, None, None,
             stride_dkt, stride_qt, stride_vt, 1, V, 0, n_rows, V, K, C, BLOCK_V, BLOCK_K,
         )  # fmt: skip
     else:
@@ -265,12 +269,12 @@ def _key_gradient(
         pairs = tl.where(i[:, None] < i[None, :], pairs * weights, 0.0)
         dg = tl.cumsum(tl.sum(pairs, 0) - tl.sum(pairs, 1), 0, reverse=True)
         written = write_rows(
-            dk_ptr, cast(weights, dtype), q_ptr, to_end(c_ptr, C), v_ptr, dmemory_ptr, k_ptr,
+            dk_ptr, cast(weights, dtype), q_ptr, to_end(c_ptr, C), v_ptr, dmemory_ptr, k_ptr, None, None,
             stride_dkt, stride_qt, stride_vt, 1, V, stride_kt, n_rows, V, K, C, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         dg += tl.cumsum(written, 0) - written
         dg += across(c_ptr, C) * _overlap(memory_ptr, dmemory_ptr, K, V, BLOCK_K, BLOCK_V)
-        _store_row(dg_ptr, dg, n_rows, C)
+        store_row(dg_ptr, dg, n_rows, C)
 
 
 @triton.jit
@@ -286,7 +290,7 @@ def _value_gradient(
     pairs = row_products(k_ptr, q_ptr, stride_kt, stride_qt, n_rows, K, C, BLOCK_K)  # [keys, queries]
     weights = cast(scale * weighted(pairs, c_ptr, C, KEYS_FIRST=True), do_ptr.dtype.element_ty)
     write_rows(
-        dv_ptr, weights, do_ptr, into_memory, k_ptr, dmemory_ptr, None,
+        dv_ptr, weights, do_ptr, into_memory, k_ptr, dmemory_ptr, None, None, None,
         stride_dvt, stride_dot, stride_kt, V, 1, 0, n_rows, K, V, C, BLOCK_K, BLOCK_V,
     )  # fmt: skip
 
@@ -346,13 +350,14 @@ def _chunk_gradients(
 
 
 # One program owns BLOCK_V columns of one head's memory: it reads them once, takes the tokens one by one, and writes
-# them once. All keys of a column are in the program, so that an output needs no other; the tile fills its registers.
+# them once. With a sum of keys (linear attention) it divides by what the query finds there. All keys of a column are in
+# the program, so that an output needs no other; the tile fills its registers.
 @triton.jit(do_not_specialize=LENGTHS)
 def _recurrence(
-    q_ptr, k_ptr, v_ptr, g_ptr, first_ptr, o_ptr, last_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, first_ptr, o_ptr, last_ptr, first_sum_ptr, last_sum_ptr, inverse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
-    T, H, q_group, k_group, v_group, scale,
+    T, H, q_group, k_group, v_group, scale, eps,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     b, h, _, _, v = _locate(1, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
@@ -366,6 +371,9 @@ def _recurrence(
     memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if first_ptr is not None:
         memory = load_block(first_ptr + at, V, 1, K, V - v, BLOCK_K, BLOCK_V)
+    key_sum = tl.zeros([BLOCK_K], tl.float32)
+    if first_sum_ptr is not None:
+        key_sum = tl.load(first_sum_ptr + (b * H + h) * K + rows, mask=rows < K, other=0.0)
     for t in range(T):
         if g_ptr is not None:
             memory *= tl.exp(tl.load(g_ptr + b * stride_gb + h * stride_gh + t * stride_gt).to(tl.float32))
@@ -374,48 +382,55 @@ def _recurrence(
         values = tl.load(v_ptr + t * stride_vt, mask=columns < V - v, other=0.0).to(tl.float32)
         memory += k[:, None] * values[None, :]
         o = scale * tl.sum(q[:, None] * memory, 0)
+        if last_sum_ptr is not None:
+            key_sum += k
+            inverse = 1 / (scale * tl.sum(q * key_sum) + eps)
+            o *= inverse
+            tl.store(inverse_ptr + (b * H + h) * T + t, inverse, mask=v == 0)
         tl.store(o_ptr + t * stride_ot, cast(o, o_ptr.dtype.element_ty), mask=columns < V - v)
     store_block(last_ptr + at, V, K, V - v, memory, BLOCK_K, BLOCK_V)
+    if last_sum_ptr is not None:
+        tl.store(last_sum_ptr + (b * H + h) * K + rows, key_sum, mask=(rows < K) & (v == 0))
 
 
 _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
 
+
+def _table(half: Tile, single: Tile, others: ChunkTable | None = None) -> dict[tuple[int, int, int], Tile]:
+    """The same tile for all architectures and widths, by element size, but for the others."""
+    keys = itertools.product((80, 90, 100), WIDTHS, (2, 4))
+    return {key: half if key[2] == 2 else single for key in keys} | dict(others or {})
+
+
 # Tiles per (architecture, head width, bytes of an element), the width the next of 64, 128, 256; never by length or
 # batch, so one build serves every call. Chosen as the largest that compile without spills, not timed on a device.
 # float32 multiplies without matrix instructions, in small tiles.
-_EVERY = tuple((arch, width) for arch in (80, 90, 100) for width in WIDTHS)
-MEMORIES: ChunkTable = {(*key, 2): Tile(64, 64, 4, 3) for key in _EVERY} | {
-    (*key, 4): Tile(32, 32, 4, 1) for key in _EVERY
-}
-OUTPUT: ChunkTable = {(*key, 2): Tile(64, 64, 4, 2) for key in _EVERY} | {
-    (*key, 4): Tile(32, 32, 8, 1) for key in _EVERY
-}
-GRADIENTS: ChunkTable = (
-    {(*key, 2): Tile(64, 64, 4, 2) for key in _EVERY}
-    | {(*key, 4): Tile(16, 16, 8, 1) for key in _EVERY}
-    | {(80, 256, 2): Tile(64, 64, 8, 2)}
-)
+MEMORIES = _table(
+    Tile(64, 64, 4, 3), Tile(32, 32, 4, 1), {(100, width, 2): Tile(64, 64, 8, 3) for width in WIDTHS}
+)  # fmt: skip
+OUTPUT = _table(Tile(64, 64, 4, 2), Tile(32, 32, 8, 1))
+GRADIENTS = _table(Tile(64, 64, 4, 2), Tile(16, 16, 8, 1), {(80, 256, 2): Tile(64, 64, 8, 2)})
 
 
-def _n_chunks(T: int, chunk_size: int) -> int:
+def n_chunks(T: int, chunk_size: int) -> int:
     """Of those whose memories the forward pass leaves for the backward pass."""
     return 0 if T < SHORT else triton.cdiv(T, chunk_rows(T, chunk_size))
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int, wide: bool
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    o, memories, last = _fake_forward(q, k, v, g, first, scale, chunk_size, wide)
+    o, memories, last = _fake_forward(q, k, v, g, first, scale, chunk_size)
     first = None if first is None else first.float().contiguous()
     if not o.numel():
         return o, memories, last.zero_() if first is None else last.copy_(first)
     if q.shape[2] < SHORT:
-        _recur(q, k, v, g, first, o, last, scale)
+        recur(q, k, v, g, first, o, last, scale)
         return o, memories, last
     C = chunk_rows(q.shape[2], chunk_size)
     c = None if g is None else chunk_decay(g, C)
-    _scan(k, v, c, first, memories, last, 1.0, C, reverse=False)
+    fill_memories(k, v, c, first, memories, last, 1.0, C, reverse=False)
     tile = pick(OUTPUT, q, v)
     B, H, T, V = o.shape
     N = memories.shape[2]
@@ -427,48 +442,45 @@ def _forward(
     return o, memories, last
 
 
-def _empty_output(q: Tensor, k: Tensor, v: Tensor, wide: bool) -> Tensor:
-    o = empty_output(q, k, v)
-    return torch.empty_like(o, dtype=torch.float32) if wide else o
-
-
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int, wide: bool
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o = _empty_output(q, k, v, wide)
-    n_chunks = _n_chunks(q.shape[2], chunk_size)
-    return o, empty_memory(q, v, o.shape[1], n_chunks, dtype=q.dtype), empty_memory(q, v, o.shape[1])
+    o = empty_output(q, k, v)
+    N = n_chunks(q.shape[2], chunk_size)
+    return o, empty_memory(q, v, o.shape[1], N, dtype=q.dtype), empty_memory(q, v, o.shape[1])
 
 
-def _recur(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, o: Tensor, last: Tensor, scale: float
-) -> None:
-    """Fill o and last, token by token."""
+def recur(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, o: Tensor, last: Tensor, scale: float,
+    first_sum: Tensor | None = None, last_sum: Tensor | None = None, inverse: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """Fill o and last, token by token; with last_sum also that and the factors r that linear attention divides by."""
     B, H, T, V = o.shape
     block_k = max(16, triton.next_power_of_2(q.shape[3]))
     block_v = min(max(16, _COLUMN_ELEMENTS // block_k), max(16, triton.next_power_of_2(V)))
     gate_strides = (0, 0, 0) if g is None else g.stride()
     with torch.cuda.device_of(q):
         _recurrence[B * H * triton.cdiv(V, block_v),](
-            q, k, v, g, first, o, last, *strides(q, k, v), *gate_strides, *strides(o),
-            T, H, *groups(H, q, k, v), scale,
+            q, k, v, g, first, o, last, first_sum, last_sum, inverse, *strides(q, k, v), *gate_strides, *strides(o),
+            T, H, *groups(H, q, k, v), scale, eps,
             K=q.shape[3], V=V, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
 
 
-def _scan(
+def fill_memories(
     a: Tensor, b: Tensor, c: Tensor | None, first: Tensor | None, memories: Tensor, last: Tensor, scale: float, C: int,
-    *, reverse: bool,
+    *, reverse: bool, rows: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill memories [B, H, N, K, V], before each chunk, and last; in reverse the gradients behind each, and before all.
 
-    Where the heads alone would leave most of the device idle, the chunks are cut into segments that run side by side:
-    one more pass over a and b finds what each leaves behind.
+    rows [B, H, T] are factors of the rows of b, where there are no gates. Where the heads alone would leave most of the
+    device idle, the chunks are cut into segments that run side by side: one more pass over a and b finds what each
+    leaves behind.
     """
     B, H, N, K, V = memories.shape
     tile = pick(MEMORIES, a, b)
     programs = B * H * triton.cdiv(K, tile.BLOCK_K) * triton.cdiv(V, tile.BLOCK_V)
-    length = triton.cdiv(N, _segments(N, programs, a.device))
+    length = triton.cdiv(N, n_segments(N, programs, a.device))
     segments = triton.cdiv(N, length)
     shared = dict(
         T=a.shape[2], N=N, H=H, a_group=H // a.shape[1], b_group=H // b.shape[1], segments=segments, length=length,
@@ -479,19 +491,10 @@ def _scan(
         if segments > 1:
             ends = last.new_empty(B, H, segments, K, V)
             factors = None if c is None else last.new_empty(B, H, segments)
-            _chunk_segments[programs * segments,](a, b, c, ends, factors, *strides(a, b), **shared)
+            _chunk_segments[programs * segments,](a, b, c, rows, ends, factors, *strides(a, b), **shared)
         _chunk_memories[programs * segments,](
-            a, b, c, first, ends, factors, memories, last, *strides(a, b), **shared
+            a, b, c, rows, first, ends, factors, memories, last, *strides(a, b), **shared
         )  # fmt: skip
-
-
-def _segments(N: int, programs: int, device: torch.device) -> int:
-    """How many segments N chunks are cut into. Two would cost as much as one, since their chunks are read twice."""
-    wanted = max(1, min(multiprocessors(device) // programs, N // _LEAST_CHUNKS))
-    return wanted if wanted > 2 or INTERPRET else 1
-
-
-_LEAST_CHUNKS = 1 if INTERPRET else 4
 
 
 def _backward(
@@ -508,11 +511,10 @@ def _backward(
     C = chunk_rows(T, chunk_size)
     c = None if g is None else chunk_decay(g, C)
     if T < SHORT:
-        memories = empty_memory(q, v, H, 1, dtype=q.dtype)
-        memories.zero_() if first is None else memories.copy_(first[:, :, None])
+        memories = first_chunk(first, dfirst, q.dtype)
     N = memories.shape[2]
     dmemories = torch.empty_like(memories)
-    _scan(q, do, c, dlast, dmemories, dfirst, scale, C, reverse=True)
+    fill_memories(q, do, c, dlast, dmemories, dfirst, scale, C, reverse=True)
     each = [for_each_head(dx, H) for dx in (dq, dk, dv)]
     tile = pick(GRADIENTS, q, v)
     with torch.cuda.device_of(q):
@@ -523,6 +525,12 @@ def _backward(
     for dx, heads in zip((dq, dk, dv), each, strict=True):
         sum_heads(dx, heads)
     return dq, dk, dv, torch.sum(dg_parts, 0, out=dg), dfirst
+
+
+def first_chunk(first: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """What lies before the only chunk of a few tokens [B, H, 1, ...]: first, or zeros."""
+    before = torch.zeros_like(like) if first is None else first
+    return before[:, :, None].to(dtype).contiguous()
 
 
 def _fake_backward(
@@ -538,7 +546,7 @@ _OPTIONS = "float scale, int chunk_size"
 _forward_op = define(
     "ssd_forward",
     "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? first",
-    f"{_OPTIONS}, bool wide",
+    _OPTIONS,
     "Tensor o, Tensor memories, Tensor last",
     _forward,
     _fake_forward,
@@ -558,14 +566,13 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None,
-        scale: float, chunk_size: int, wide: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _forward_op(q, k, v, g, first, scale, chunk_size, wide)
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, first: Tensor | None, scale: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward_op(q, k, v, g, first, scale, chunk_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.chunk_size, _ = inputs
+        *tensors, ctx.scale, ctx.chunk_size = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1])
@@ -573,12 +580,12 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
         q, k, v, g, first, memories = ctx.saved_tensors
-        do = torch.zeros_like(empty_output(q, k, v)) if do is None else do.to(v.dtype)
+        do = torch.zeros_like(empty_output(q, k, v)) if do is None else do
         dq, dk, dv, dg, dfirst = _SSDBackward.apply(
             do, dlast, q, k, v, g, first, memories, ctx.scale, ctx.chunk_size
         )  # fmt: skip
         dg = None if g is None else dg.to(g.dtype)
-        return dq, dk, dv, dg, None if first is None else dfirst.to(first.dtype), None, None, None
+        return dq, dk, dv, dg, None if first is None else dfirst.to(first.dtype), None, None
 
 
 class _SSDBackward(torch.autograd.Function):
@@ -611,14 +618,10 @@ def ssd(
     initial_state: RecurrentState | None,
     scale: float,
     chunk_size: int,
-    wide: bool = False,
 ) -> tuple[Tensor, RecurrentState]:
-    """The kernels behind effkit.attention.ssd, which documents and has checked the arguments.
-
-    g None is no decay; wide gives o in float32 whatever the dtype of the inputs.
-    """
+    """The kernels behind effkit.attention.ssd, which documents and has checked the arguments; g None: no decay."""
     first = None if initial_state is None else initial_state.memory
-    o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size, wide)
+    o, _, last = _SSD.apply(*distinct(q, k, v, g, first), scale, chunk_size)
     return o, RecurrentState(last, next_position(q, initial_state))
 
 
@@ -627,30 +630,10 @@ def retention(q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, **options: Any)
     return ssd(q, k, v, spread(decay, q), **options)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, RecurrentState]:
-    """The kernels behind effkit.attention.linear_attention: ssd without decay.
-
-    Where a sum is divided by another, cotangents cancel, and half precision would leave their rounding: float32 then.
-    """
-    wide = (x.float() for x in (q, k, v)) if options["normalize"] else (q, k, v)
-    o, state = attend(_in_aligned_rows, *wide, **options)
-    return o.to(v.dtype), state
-
-
-def _in_aligned_rows(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, initial_state: RecurrentState | None, **options: Any
-) -> tuple[Tensor, RecurrentState]:
-    """ssd, wide, for values of any width: columns of zeros let every row start where loads are fast."""
-    width = v.shape[3]
-    zeros = (0, -width % 16)
-    if initial_state is not None:
-        initial_state = RecurrentState(F.pad(initial_state.memory, zeros), initial_state.position)
-    o, state = ssd(q, k, F.pad(v, zeros), g, initial_state=initial_state, wide=True, **options)
-    return o[..., :width], state._replace(memory=state.memory[..., :width])
-
-
-_FLOAT32 = ("first_ptr", "ends_ptr", "factors_ptr", "last_ptr", "dg_ptr")
-_GATES = ("c_ptr", "g_ptr", "factors_ptr", "dg_ptr")
+_GATES = ("g_ptr", "c_ptr", "factors_ptr", "dg_ptr")
+_DIVISION = ("rows_ptr", "first_sum_ptr", "last_sum_ptr", "inverse_ptr")
+_FLOAT32 = (*_GATES, *_DIVISION, "first_ptr", "ends_ptr", "last_ptr")
+_ABSENT = {"gated": _DIVISION, "plain": _DIVISION + _GATES, "divided": _GATES}
 
 
 def aot_specs() -> Iterator[AotSpec]:
@@ -660,13 +643,17 @@ def aot_specs() -> Iterator[AotSpec]:
     for arch, builds in (80, [*half, (64, "fp32", "gated"), (256, "fp32", "gated")]), (90, half), (100, half):
         for width, dtype, variant in builds:
             key = arch, width, 2 if dtype == "bf16" else 4
-            shared = dict(float32=_FLOAT32, absent=_GATES if variant == "plain" else ())
-            yield build(_chunk_memories, arch, MEMORIES[key], width, dtype, variant, REVERSE=width == 128, **shared)
-            yield build(_chunk_output, arch, OUTPUT[key], width, dtype, variant, **shared)
-            yield build(_chunk_gradients, arch, GRADIENTS[key], width, dtype, variant, **shared)
-        for reverse in (False, True):
-            tile, variant = MEMORIES[arch, 128, 2], "reverse" if reverse else "forward"
-            yield build(_chunk_segments, arch, tile, 128, "bf16", variant, float32=_FLOAT32, REVERSE=reverse)
-        column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
-        yield build(_recurrence, arch, column, 128, "bf16", "gated", float32=_FLOAT32, products=False)
+            build = functools.partial(_build, arch=arch, width=width, dtype=dtype, variant=variant)
+            yield build(_chunk_memories, tile=MEMORIES[key], REVERSE=width == 128)
+            yield build(_chunk_output, tile=OUTPUT[key])
+            yield build(_chunk_gradients, tile=GRADIENTS[key])
+        for variant in ("gated", "divided"):
+            build = functools.partial(_build, arch=arch, width=128, dtype="bf16", variant=variant)
+            column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
+            yield build(_chunk_segments, tile=MEMORIES[arch, 128, 2], REVERSE=variant == "divided")
+            yield build(_recurrence, tile=column, products=False)
         yield decay_build(arch)
+
+
+def _build(kernel: Any, *, variant: str, **options: Any) -> AotSpec:
+    return build(kernel, variant=variant, float32=_FLOAT32, absent=_ABSENT[variant], **options)

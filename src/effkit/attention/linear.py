@@ -9,7 +9,7 @@ queries over channels and of keys over the tokens it is Efficient Attention (She
 Cost: 2 T (C + 2 K) V + 2 T C K operations a head when causal (chunks of C), 4 T K V when not; the state is K x V + K
 numbers. When not to use it: as a drop-in for trained softmax attention without further training, since no fixed phi has
 its sharp weights; and for exact recall over long contexts (Arora et al., arXiv 2402.18668). Gates help: see `ssd`,
-`gated_linear_attention`, `gated_delta_rule`. In float16 sums past 65504 overflow; bfloat16 has room.
+`gated_linear_attention`, `gated_delta_rule`. Without the division, sums past 65504 overflow in float16.
 """
 
 from __future__ import annotations
@@ -82,38 +82,25 @@ def linear_attention_reference(
     return torch.cat(outs, 2).to(dtype), RecurrentState(S, next_position(q, initial_state), z if normalize else None)
 
 
-def linear_attention_torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, RecurrentState]:
-    """Chunks when causal (ssd without decay), two products when not."""
-    o, state = attend(ssd_torch, *widen(q, k, v), **options)
-    return o.to(v.dtype), state
-
-
-def attend(
-    core: Callable[..., tuple[Tensor, RecurrentState]],
+def linear_attention_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     causal: bool,
     normalize: bool,
-    eps: float | Tensor,
+    eps: float,
     initial_state: RecurrentState | None,
     scale: float,
     chunk_size: int,
 ) -> tuple[Tensor, RecurrentState]:
-    """Linear attention around a backend's form of ssd, which computes the causal sums. o is as wide as its result.
+    """Chunks when causal (ssd without decay), two products when not.
 
     The denominator is the sum for a value of 1: one more column. Its gradient then cancels against that of the
     numerator within one product, where it must, and not between two results that were rounded before.
     """
-    heads = max(q.shape[1], k.shape[1], v.shape[1])
-    width = v.shape[3]
-    if normalize and causal and q.dtype.itemsize == 2:
-        # Sums become means, to within a power of two, which costs no bit: a sum of many leaves the range of float16.
-        before = 0 if initial_state is None else initial_state.position[:, None]
-        count = before + torch.arange(1, q.shape[2] + 1, device=q.device).expand(q.shape[0], -1)
-        share = torch.exp2(-count.float().log2().ceil())[:, None, :, None]
-        q, eps = q * share.to(q.dtype), eps * share
+    dtype, width, heads = v.dtype, v.shape[3], max(q.shape[1], k.shape[1], v.shape[1])
+    q, k, v = widen(q, k, v)
     if normalize:
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=3)
         if initial_state is not None:
@@ -121,15 +108,15 @@ def attend(
             columns = torch.cat((initial_state.memory, initial_state.normalizer[..., None]), dim=3)
             initial_state = RecurrentState(columns, initial_state.position)
     if causal:
-        o, state = core(q, k, v, None, initial_state=initial_state, scale=scale, chunk_size=chunk_size)
+        o, state = ssd_torch(q, k, v, None, initial_state=initial_state, scale=scale, chunk_size=chunk_size)
     else:
-        wide_q, wide_k, wide_v = widen(*(expand_heads(x, heads) for x in (q, k, v)))
-        state = RecurrentState(wide_k.mT @ wide_v, next_position(q, None))
-        o = (scale * wide_q) @ state.memory
+        q, k, v = (expand_heads(x, heads) for x in (q, k, v))
+        state = RecurrentState(k.mT @ v, next_position(q, None))
+        o = (scale * q) @ state.memory
     if normalize:
         o = o[..., :width] / (o[..., width:] + eps)
         state = state._replace(memory=state.memory[..., :width], normalizer=state.memory[..., width])
-    return o, state
+    return o.to(dtype), state
 
 
 def first_normalizer(k: Tensor, initial: RecurrentState | None) -> Tensor:
@@ -446,7 +433,7 @@ LINEAR_ATTENTION = register(
         function=linear_attention,
         reference=linear_attention_reference,
         torch=linear_attention_torch,
-        triton="effkit.kernels.chunk_scan:linear_attention",
+        triton="effkit.kernels.linear_attention:linear_attention",
         supports=supports,
         cases=_CASES,
         bench=BENCH,
