@@ -334,6 +334,7 @@ LOG_LINEAR_ATTENTION = register(
         function=log_linear_attention,
         reference=log_linear_attention_reference,
         torch=log_linear_attention_torch,
+        triton="effkit.kernels.log_linear:log_linear_attention",
         supports=supports,
         cases=CASES,
         bench=BENCH,
