@@ -480,6 +480,24 @@ def test_distilled_modules_come_closer_and_nothing_else_changes() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_distillation_copies_the_original_as_it_was() -> None:
+    """Projections are shared, and are trained: the second step must still compare with the first weights."""
+    batch = torch.randint(2, 61, (4, 16), generator=torch.Generator().manual_seed(0))
+    model, calls = original(), []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    with torch.no_grad():
+        model(batch[:, :-1], use_cache=False)
+    two_steps, one_step = (effkit.apply(original(), attention.SSDConfig()) for _ in range(2))
+    losses = zoo.distill(two_steps, [batch, batch])
+    assert zoo.distill(one_step, [batch]) == losses[:1]
+    errors = [
+        F.mse_loss(layer.self_attn(*args, **kwargs)[0], output[0]) / output[0].square().mean()
+        for layer, (args, kwargs, output) in zip(one_step.model.model.layers, calls, strict=True)
+    ]
+    assert float(torch.stack(errors).mean().detach()) == losses[1]
+
+
 def test_distill_needs_modules_that_replaced_others() -> None:
     change = effkit.apply(original(), attention.GQAConfig(num_kv_heads=1))
     with pytest.raises(TypeError, match="change is one of GQAConfig"):
