@@ -12,7 +12,7 @@ Within a chunk of C tokens, c the sums of g from its start, D_ij = exp(c_i - c_j
 and backwards, with dvalues and the gradient G of S_next from that recurrence:
 
     X = A^T dvalues          dv = diag(beta) X        dM = -X values^T below the diagonal
-    dk = from M, and -diag(beta exp c) X S^T          dbeta and dg likewise, see `_delta_key_gradients`
+    dk = from M, and -diag(beta exp c) X S^T          dbeta and dg likewise
     G_before = exp(c_last) G + scale * (diag(exp c) Q)^T do - erasures^T dvalues
 
 Everything but the inputs is made again in the backward pass.
@@ -20,6 +20,8 @@ Everything but the inputs is made again in the backward pass.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,9 +34,11 @@ from effkit.attention.deltanet import l2_normalize
 from effkit.kernels import chunk_scan
 from effkit.kernels._chunk_tiles import (
     LENGTHS,
+    WIDTHS,
     ChunkTable,
     Tile,
     across,
+    build,
     chunk_decay,
     chunk_rows,
     from_start,
@@ -42,11 +46,12 @@ from effkit.kernels._chunk_tiles import (
     pick,
     row_products,
     store_block,
+    store_row,
     through_memory,
     to_end,
     weighted,
 )
-from effkit.kernels._common import cast, distinct, dot, unit_stride
+from effkit.kernels._common import AotSpec, cast, distinct, dot, unit_stride
 from effkit.kernels._recurrent_ops import (
     SHORT,
     define,
@@ -111,11 +116,10 @@ def _invert(m, C: tl.constexpr):
 
 
 @triton.jit
-def _similarities(k_ptr, stride_kt, c_ptr, n_rows, K: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """D_ij (k_i k_j) for j < i, else 0."""
-    products = weighted(row_products(k_ptr, k_ptr, stride_kt, stride_kt, n_rows, K, C, BLOCK_K), c_ptr, C, False)
+def _below(pairs, c_ptr, C: tl.constexpr):
+    """D_ij times pairs (i, j) for j < i, else 0."""
     i = tl.arange(0, C)
-    return tl.where(i[:, None] > i[None, :], products, 0.0)
+    return tl.where(i[:, None] > i[None, :], weighted(pairs, c_ptr, C, KEYS_FIRST=False), 0.0)
 
 
 @triton.jit
@@ -149,7 +153,8 @@ def _delta_system(
     if c_ptr is not None:
         c_ptr += at * 2 * C
         strength *= from_start(c_ptr, C)
-    inverse = _invert(beta[:, None] * _similarities(k_ptr, stride_kt, c_ptr, n_rows, K, C, BLOCK_K), C)
+    similarities = row_products(k_ptr, k_ptr, stride_kt, stride_kt, n_rows, K, C, BLOCK_K)
+    inverse = _invert(beta[:, None] * _below(similarities, c_ptr, C), C)
     if below_ptr is not None:
         store_block(below_ptr + at * C * C, C, C, C, tl.where(i[:, None] > i[None, :], inverse, 0.0), C, C)
     for v in range(0, V, BLOCK_V):
@@ -257,33 +262,50 @@ def _delta_dmemories(
     store_block(dfirst_ptr + bh * K * V + v, V, K, V - v, dmemory, BLOCK_K, BLOCK_V)
 
 
-# One program owns a chunk of one head: it takes the gradient of its values back through the inverse, to X, and from
-# there to v, and to beta as far as it scales v.
+# One program owns a chunk of one head. It takes the gradient of the values back through the inverse, to X, and from
+# there to v and to M. With E = D o dM below the diagonal it writes
+#
+#     dv = diag(beta) X          dbeta = rows of X o V + rows of E o K K^T          pairs = diag(beta) E
+#
+# Gate t decays the pairs j < t <= i of M: it gets the sums over i >= t of (row sum - column sum) of pairs o K K^T.
 @triton.jit(do_not_specialize=LENGTHS)
 def _delta_value_gradients(
-    v_ptr, beta_ptr, below_ptr, dvalues_ptr, x_ptr, dv_ptr, dbeta_ptr,
-    stride_vb, stride_vh, stride_vt, stride_dvb, stride_dvh, stride_dvt,
-    T, N, H, v_group,
-    V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, c_ptr, values_ptr, below_ptr, dvalues_ptr, x_ptr, pairs_ptr, dv_ptr, dbeta_ptr, dg_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_dvb, stride_dvh, stride_dvt,
+    T, N, H, k_group, v_group,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     b, h, n, _, _ = locate(N, H, BLOCK_K, BLOCK_V, BLOCK_K, BLOCK_V)
+    at = (b * H + h) * N + n
     start = tl.cast(n, tl.int64) * C
     row = (b * H + h) * T + start
     n_rows = T - start
+    k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
     v_ptr += b * stride_vb + h // v_group * stride_vh + start * stride_vt
     dv_ptr += b * stride_dvb + h * stride_dvh + start * stride_dvt
     i = tl.arange(0, C)
     beta = tl.load(beta_ptr + row + i, mask=i < n_rows, other=0.0)
-    below = load_block(below_ptr + ((b * H + h) * N + n) * C * C, C, 1, C, C, C, C)
+    if c_ptr is not None:
+        c_ptr += at * 2 * C
+    below = load_block(below_ptr + at * C * C, C, 1, C, C, C, C)
     dbeta = tl.zeros([C], tl.float32)
+    dm = tl.zeros([C, C], tl.float32)
     for v in range(0, V, BLOCK_V):
         dvalues = load_block(dvalues_ptr + row * V + v, V, 1, n_rows, V - v, C, BLOCK_V)
-        values = load_block(v_ptr + v, stride_vt, 1, n_rows, V - v, C, BLOCK_V)
         x = dot(tl.trans(below), cast(dvalues, below.dtype), dvalues)
-        dbeta += tl.sum(x * values.to(tl.float32), 1)
         store_block(x_ptr + row * V + v, V, n_rows, V - v, x, C, BLOCK_V)
         store_block(dv_ptr + v, stride_dvt, n_rows, V - v, beta[:, None] * x, C, BLOCK_V)
-    tl.store(dbeta_ptr + row + i, dbeta, mask=i < n_rows)
+        dbeta += tl.sum(x * load_block(v_ptr + v, stride_vt, 1, n_rows, V - v, C, BLOCK_V).to(tl.float32), 1)
+        values = load_block(values_ptr + row * V + v, V, 1, n_rows, V - v, C, BLOCK_V)
+        dm = dot(cast(-x, below.dtype), tl.trans(values), dm)
+    dm = _below(dm, c_ptr, C)
+    store_block(pairs_ptr + at * C * C, C, C, C, beta[:, None] * dm, C, C)
+    dm *= row_products(k_ptr, k_ptr, stride_kt, stride_kt, n_rows, K, C, BLOCK_K)
+    rows = tl.sum(dm, 1)
+    store_row(dbeta_ptr + row, dbeta + rows, n_rows, C)
+    if c_ptr is not None:
+        dg = tl.cumsum(beta * rows - tl.sum(beta[:, None] * dm, 0), 0, reverse=True)
+        store_row(dg_ptr + row, dg, n_rows, C)
 
 
 # Two programs share a chunk of one head: the first writes dq, the second what outputs and memories say of k, both as in
@@ -326,18 +348,14 @@ def _delta_output_gradients(
         )  # fmt: skip
 
 
-# One program owns a chunk of one head. With M = diag(beta) R, R the similarities D o (K K^T) below the diagonal, and
-# F = X S^T, the gradient of what keys erase:
+# One program owns a chunk of one head. With F = diag(exp c) X S^T, the gradient of what keys erase, it completes
 #
-#     dk    = (E + E^T) K - diag(beta exp c) F          E = diag(beta) D o dM, below the diagonal
-#     dbeta = rows of R o dM - exp(c) rows of F o K
+#     dk = (pairs + pairs^T) K - diag(beta) F          dbeta = -rows of F o K
 #
-# are added to what outputs and memories say of k, and v of beta. dM comes in both orientations from products of its
-# own: no accumulator is transposed. Gate t decays the pairs j < t <= i of M and what erasures i >= t find: it gets the
-# sums over i >= t of (row sum - column sum) of M o dM, less beta exp(c) rows of F o K.
+# and dg, where gate t decays what erasures i >= t find: the sums over i >= t of beta times these rows.
 @triton.jit(do_not_specialize=LENGTHS)
 def _delta_key_gradients(
-    k_ptr, beta_ptr, c_ptr, values_ptr, x_ptr, memories_ptr, dk_sum_ptr, dk_ptr, dbeta_ptr, dg_ptr,
+    k_ptr, beta_ptr, c_ptr, x_ptr, pairs_ptr, memories_ptr, dk_sum_ptr, dk_ptr, dbeta_ptr, dg_ptr,
     stride_kb, stride_kh, stride_kt, stride_dkb, stride_dkh, stride_dkt,
     T, N, H, k_group,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -349,39 +367,27 @@ def _delta_key_gradients(
     n_rows = T - start
     k_ptr += b * stride_kb + h // k_group * stride_kh + start * stride_kt
     dk_ptr += b * stride_dkb + h * stride_dkh + start * stride_dkt
-    values_ptr += row * V
-    x_ptr += row * V
     memories_ptr += at * K * V
     i = tl.arange(0, C)
     beta = tl.load(beta_ptr + row + i, mask=i < n_rows, other=0.0)
     decay = tl.full([C], 1.0, tl.float32)
     if c_ptr is not None:
-        c_ptr += at * 2 * C
-        decay = from_start(c_ptr, C)
-
-    dm = -row_products(x_ptr, values_ptr, V, V, n_rows, V, C, BLOCK_V)  # [i, j]
-    both = dm * _similarities(k_ptr, stride_kt, c_ptr, n_rows, K, C, BLOCK_K)
-    dbeta = tl.sum(both, 1)
-    shares = beta * dbeta - tl.sum(beta[:, None] * both, 0)
-    weights = tl.where(i[:, None] > i[None, :], beta[:, None] * weighted(dm, c_ptr, C, KEYS_FIRST=False), 0.0)
-    dm = -row_products(values_ptr, x_ptr, V, V, n_rows, V, C, BLOCK_V)  # [j, i]
-    weights += tl.where(i[:, None] < i[None, :], beta[None, :] * weighted(dm, c_ptr, C, KEYS_FIRST=True), 0.0)
-    weights = cast(weights, k_ptr.dtype.element_ty)
-
+        decay = from_start(c_ptr + at * 2 * C, C)
+    pairs = load_block(pairs_ptr + at * C * C, C, 1, C, C, C, C)
+    found = tl.zeros([C], tl.float32)
     for k in range(0, K, BLOCK_K):
         keys = load_block(k_ptr + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
         erased = decay[:, None] * through_memory(
-            x_ptr, V, n_rows, memories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
+            x_ptr + row * V, V, n_rows, memories_ptr + k * V, 1, V, K - k, V, C, BLOCK_V, BLOCK_K
         )  # fmt: skip
-        found = tl.sum(erased * keys.to(tl.float32), 1)
-        dbeta -= found
-        shares -= beta * found
+        found += tl.sum(erased * keys.to(tl.float32), 1)
         dk = load_block(dk_sum_ptr + row * K + k, K, 1, n_rows, K - k, C, BLOCK_K) - beta[:, None] * erased
-        store_block(dk_ptr + k, stride_dkt, n_rows, K - k, dot(weights, keys, dk), C, BLOCK_K)
-    dbeta += tl.load(dbeta_ptr + row + i, mask=i < n_rows, other=0.0)
-    tl.store(dbeta_ptr + row + i, dbeta, mask=i < n_rows)
+        dk = dot(tl.trans(pairs), keys, dot(pairs, keys, dk))
+        store_block(dk_ptr + k, stride_dkt, n_rows, K - k, dk, C, BLOCK_K)
+    dbeta = tl.load(dbeta_ptr + row + i, mask=i < n_rows, other=0.0)
+    store_row(dbeta_ptr + row, dbeta - found, n_rows, C)
     if c_ptr is not None:
-        tl.store(dg_ptr + row + i, tl.cumsum(shares, 0, reverse=True), mask=i < n_rows)
+        store_row(dg_ptr + row, tl.cumsum(-beta * found, 0, reverse=True), n_rows, C)
 
 
 # One program owns BLOCK_V columns of one head's memory: it reads them once, takes the tokens one by one, and writes
@@ -420,22 +426,33 @@ def _delta_recurrence(
 
 _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
 
-
-def _table(half: Tile, single: Tile) -> dict[tuple[int, int, int], Tile]:
-    return {
-        (arch, width, size): half if size == 2 else single
-        for arch in (80, 90, 100)
-        for width in (64, 128, 256)
-        for size in (2, 4)
-    }
-
-
-SYSTEM: ChunkTable = _table(Tile(64, 64, 4, 2), Tile(32, 32, 4, 1))
-MEMORIES: ChunkTable = _table(Tile(256, 32, 4, 2), Tile(256, 16, 4, 1))  # BLOCK_K holds all keys
-FROM_OUTPUTS: ChunkTable = _table(Tile(64, 64, 4, 2), Tile(32, 32, 4, 1))
-DMEMORIES: ChunkTable = _table(Tile(256, 32, 4, 2), Tile(256, 16, 4, 1))
-VALUE_GRADIENTS: ChunkTable = _table(Tile(64, 64, 4, 2), Tile(32, 32, 4, 1))
-GRADIENTS: ChunkTable = _table(Tile(64, 64, 4, 2), Tile(32, 32, 4, 1))
+# The largest tiles that compile without spills, not timed on a device; those for 80 fit into the 99 KiB of its smaller
+# relatives. Where a program holds all keys of a head, few columns of values leave more programs to run side by side.
+_EVERY = tuple(itertools.product((80, 90, 100), WIDTHS))
+SYSTEM: ChunkTable = {(*key, 2): Tile(64, 64, 4, 2) for key in _EVERY} | {
+    (*key, 4): Tile(32, 32, 8, 1) for key in _EVERY
+}
+FROM_OUTPUTS: ChunkTable = dict(SYSTEM)
+VALUE_GRADIENTS: ChunkTable = dict(SYSTEM)
+KEY_GRADIENTS: ChunkTable = dict(SYSTEM)
+OUTPUT: ChunkTable = {(*key, 2): Tile(64, 64, 8, 2) for key in _EVERY} | {
+    (*key, 4): Tile(32, 32, 8, 1) for key in _EVERY
+}
+OUTPUT_GRADIENTS: ChunkTable = (
+    {(*key, 2): Tile(64, 64, 8, 2) for key in _EVERY}
+    | {(80, width, 2): Tile(64, 32, 8, 1) for width in WIDTHS}
+    | {(*key, 4): Tile(16, 16, 8, 1) for key in _EVERY}
+)
+_COLUMNS = {(arch, width, 4): Tile(width, 16, 8, 1) for arch, width in _EVERY} | {
+    (arch, width, 2): Tile(width, 32, 4, 2) for arch, width in _EVERY
+}
+MEMORIES: ChunkTable = _COLUMNS | {(arch, 256, 2): Tile(256, 32, 8, 2) for arch in (80, 90, 100)}
+DMEMORIES: ChunkTable = _COLUMNS | {
+    (80, 128, 2): Tile(128, 32, 8, 2),
+    (80, 256, 2): Tile(256, 32, 8, 1),
+    (90, 256, 2): Tile(256, 32, 8, 1),
+    (100, 256, 2): Tile(256, 16, 8, 2),
+}
 
 
 def _whole(tile: Tile, q: Tensor) -> Tile:
@@ -497,7 +514,7 @@ def _forward(
         call = _Chunks(q, k, v, g, beta, first, scale, chunk_size)
         values, erasures = call.solve(None)
         memories = call.remember(values, erasures, last)
-        tile = pick(chunk_scan.OUTPUT, q, v)
+        tile = pick(OUTPUT, q, v)
         chunk_scan._chunk_output[call.programs,](
             call.q, call.k, values, call.c, memories, o, *strides(call.q, call.k, values, o),
             q_group=call.H // q.shape[1], k_group=call.H // k.shape[1], v_group=1, scale=scale,
@@ -560,20 +577,21 @@ def _backward(
         )  # fmt: skip
 
         dk_sum = call.rows(call.K).float()
-        dg_parts = dg.new_empty(3, *dg.shape)
+        dg_parts = dg.new_empty(4, *dg.shape)
         _delta_output_gradients[2 * call.programs,](
             q, k, values, do, c, memories, dmemories, of_heads[0], dk_sum, dg_parts,
             *strides(q, k, do, of_heads[0]), dg.numel(), q_group=q_group, k_group=k_group, scale=scale,
-            **sizes, **pick(chunk_scan.GRADIENTS, q, v)._asdict(),
+            **sizes, **pick(OUTPUT_GRADIENTS, q, v)._asdict(),
         )  # fmt: skip
-        x = call.rows(call.V)
+        x, pairs = call.rows(call.V), torch.empty_like(below)
         _delta_value_gradients[call.programs,](
-            v, call.beta, below, dvalues, x, of_heads[2], dbeta, *strides(v, of_heads[2]), v_group=v_group,
-            **{name: sizes[name] for name in ("T", "N", "H", "V", "C")}, **pick(VALUE_GRADIENTS, q, v)._asdict(),
+            k, v, call.beta, c, values, below, dvalues, x, pairs, of_heads[2], dbeta, dg_parts[2],
+            *strides(k, v, of_heads[2]), k_group=k_group, v_group=v_group,
+            **sizes, **pick(VALUE_GRADIENTS, q, v)._asdict(),
         )  # fmt: skip
         _delta_key_gradients[call.programs,](
-            k, call.beta, c, values, x, memories, dk_sum, of_heads[1], dbeta, dg_parts[2], *strides(k, of_heads[1]),
-            k_group=k_group, **sizes, **pick(GRADIENTS, q, v)._asdict(),
+            k, call.beta, c, x, pairs, memories, dk_sum, of_heads[1], dbeta, dg_parts[3], *strides(k, of_heads[1]),
+            k_group=k_group, **sizes, **pick(KEY_GRADIENTS, q, v)._asdict(),
         )  # fmt: skip
     for dx, each in zip((dq, dk, dv), of_heads, strict=True):
         sum_heads(dx, each)
@@ -687,3 +705,35 @@ def delta_rule(
     return gated_delta_rule(
         q, k, v, None, beta, initial_state=initial_state, scale=scale, qk_l2norm=qk_l2norm, chunk_size=chunk_size
     )
+
+
+_FLOAT32 = (
+    "beta_ptr", "writes_ptr", "values_ptr", "first_ptr", "last_ptr", "dvalues_ptr", "dlast_ptr", "dfirst_ptr",
+    "dk_sum_ptr", "dbeta_ptr", "dg_ptr", "g_ptr",
+)  # fmt: skip
+_GATES = ("c_ptr", "g_ptr", "dg_ptr")
+
+
+def aot_specs() -> Iterator[AotSpec]:
+    """The builds that are compiled and inspected without a GPU: every kernel, with the tiles that its table picks."""
+    kernels = (
+        (_delta_system, SYSTEM),
+        (_delta_memories, MEMORIES),
+        (_delta_from_outputs, FROM_OUTPUTS),
+        (_delta_dmemories, DMEMORIES),
+        (_delta_output_gradients, OUTPUT_GRADIENTS),
+        (_delta_value_gradients, VALUE_GRADIENTS),
+        (_delta_key_gradients, KEY_GRADIENTS),
+    )
+    half = [(64, "bf16", "plain"), (128, "bf16", "gated"), (256, "bf16", "gated")]
+    # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
+    for arch, builds in (80, [*half, (64, "fp32", "gated")]), (90, half), (100, half):
+        for width, dtype, variant in builds:
+            key = arch, width, 2 if dtype == "bf16" else 4
+            absent = _GATES if variant == "plain" else ()
+            for kernel, table in kernels:
+                yield build(kernel, arch, table[key], width, dtype, variant, float32=_FLOAT32, absent=absent)
+            output, tile = chunk_scan._chunk_output, OUTPUT[key]
+            yield build(output, arch, tile, width, dtype, f"{variant}-values", float32=("v_ptr",), absent=absent)
+        column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
+        yield build(_delta_recurrence, arch, column, 128, "bf16", "gated", float32=_FLOAT32, products=False)

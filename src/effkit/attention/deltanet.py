@@ -315,12 +315,12 @@ class GatedDeltaRuleConfig(DecayingConfig):
     """The same with a memory that decays, exp(g) = sigmoid(W x + b) as in `SSDConfig`, b as half_lives say."""
 
 
-def supports(q: Tensor, v: Tensor, chunk_size: int, **_: Any) -> str | None:
+def supports(q: Tensor, chunk_size: int, **_: Any) -> str | None:
     """Why the kernels cannot run, or None."""
     if q.dtype == torch.float64:
         return "float64 has no kernel"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"widths {q.shape[3]} and {v.shape[3]}: the kernels hold up to 256"
+    if q.shape[3] > 256:
+        return f"keys of width {q.shape[3]}: the kernels hold up to 256"
     if chunk_size not in (16, 32, 64):
         return f"chunk_size is {chunk_size}, the kernels have 16, 32, 64"
     return None
