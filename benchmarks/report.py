@@ -34,12 +34,14 @@ def load(folder: Path = RESULTS) -> dict[str, list[Row]]:
 
 
 def render_short(results: dict[str, list[Row]]) -> str:
-    """For the README: effkit's time, and how many times as long its rivals took."""
+    """For the README: effkit's time, how many times as long its rivals took, and how time grows with T."""
     parts = []
     for rows in results.values():
         parts.append(f"**{_machine(rows[0])}.** Time of effkit, and how many times as long the others took.")
-        for _, group in _by(rows, "op"):
+        for _, group in _by([row for row in rows if not _at_length(row)], "op"):
             parts.append(_short_table(group))
+        if growth := _growth(rows):
+            parts.append(f"How time grows with T.\n\n{growth}")
     return "\n\n".join(parts) or "No rows yet."
 
 
@@ -50,14 +52,20 @@ def render_full(results: dict[str, list[Row]]) -> str:
         parts.append(f"## {_machine(rows[0])}\n\nRows: `benchmarks/results/{name}.jsonl`.")
         for (op, mode, dtype), group in _by(rows, "op", "mode", "dtype"):
             parts.append(f"### {op}, {mode}, {dtype}\n\n{_ceilings(group[0])}\n\n{_full_table(group)}")
-        parts += _growth(rows)
+        if growth := _growth(rows):
+            parts.append(f"### How time grows with T\n\n{growth}")
     return "\n\n".join(parts) or "No rows yet."
 
 
-def _growth(rows: list[Row]) -> list[str]:
+def _at_length(row: Row) -> bool:
+    """Whether a row is one of several lengths."""
+    return row["case"].startswith("T=")
+
+
+def _growth(rows: list[Row]) -> str:
     """How time grows with T, for ops measured at several lengths (cases "T=..."), and where dense is overtaken."""
     lines = []
-    for (op, dtype), group in _by([row for row in rows if row["case"].startswith("T=")], "op", "dtype"):
+    for (op, dtype), group in _by([row for row in rows if _at_length(row)], "op", "dtype"):
         for (mode,), own in _by([row for row in group if row["to_effkit"] is None], "mode"):
             times = {int(row["case"].removeprefix("T=")): row["median_ms"] for row in own}
             lengths = sorted(times)
@@ -70,8 +78,7 @@ def _growth(rows: list[Row]) -> list[str]:
             cells = [op, f"{mode}, {dtype}", f"{lengths[0]} to {lengths[-1]}", ", ".join(doubled), crossing(dense)]
             lines.append(_line(cells))
     heads = ["op", "", "T", "time at each doubling of T", f"against {DENSE}"]
-    title = f"## How time grows with T: {_machine(rows[0])}"
-    return ["\n".join([f"{title}\n", _line(heads), _line(["---"] * len(heads)), *lines])] if lines else []
+    return "\n".join([_line(heads), _line(["---"] * len(heads)), *lines]) if lines else ""
 
 
 def crossing(ratios: dict[int, float]) -> str:
