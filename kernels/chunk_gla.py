@@ -10,7 +10,7 @@ Within a chunk of C tokens, c the sums of g from its start and S the memory befo
 exp(c_i - c_j) depends on the channel, so A is no single product. Let bit m be the highest in which i and j differ: i is
 in the later half of a block of 2^(m+1) tokens, j in the earlier one. With b the last row of the earlier half, c_b lies
 between c_j and c_i, and exp(c_i - c_b) and exp(c_b - c_j) scale the rows of one product that serves all pairs of that
-level: exp(-|c - c_b|) in both halves. The gradients take the same way back.
+level. The gradients take the same way back.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ def _sums(c_ptr, rows, channels, n_channels, K: tl.constexpr):
 
 
 @triton.jit
-def _decay(c_ptr, rows, others, channels, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
-    """The decay between two rows of a chunk, whichever comes first; others None: from before the chunk."""
-    distance = _sums(c_ptr, rows, channels, n_channels, K)
-    if others is not None:
-        distance -= _sums(c_ptr, others, channels, n_channels, K)
+def _between(c_ptr, later, earlier, channels, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """The log-decay from one row of a chunk to a later one, in units of log2; earlier None: from before the chunk."""
+    exponent = _sums(c_ptr, later, channels, n_channels, K)
+    if earlier is not None:
+        exponent -= _sums(c_ptr, earlier, channels, n_channels, K)
     if PARTS == 2:
-        distance += _sums(c_ptr + C * K, rows, channels, n_channels, K)
-        if others is not None:
-            distance -= _sums(c_ptr + C * K, others, channels, n_channels, K)
-    return tl.exp2(-tl.abs(distance))
+        exponent += _sums(c_ptr + C * K, later, channels, n_channels, K)
+        if earlier is not None:
+            exponent -= _sums(c_ptr + C * K, earlier, channels, n_channels, K)
+    return exponent
 
 
 @triton.jit
@@ -96,19 +96,28 @@ def _to_border(
     """The decay between each token and the border in the middle of its block of 2^(level + 1) tokens, [C, BLOCK_K]."""
     rows = tl.arange(0, C)[:, None]
     border = (rows >> (level + 1) << (level + 1)) + (1 << level) - 1
-    return _decay(c_ptr, rows, border, tl.arange(0, BLOCK_K)[None, :], n_channels, K, C, PARTS)
+    exponent = _between(c_ptr, rows, border, tl.arange(0, BLOCK_K)[None, :], n_channels, K, C, PARTS)
+    return tl.exp2(tl.where(rows > border, 1.0, -1.0) * exponent)
 
 
 @triton.jit
 def _from_start(c_ptr, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The decay from before the chunk to each token, [C, BLOCK_K]."""
-    return _decay(c_ptr, tl.arange(0, C)[:, None], None, tl.arange(0, BLOCK_K)[None, :], n_channels, K, C, PARTS)
+    rows, channels = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    return tl.exp2(_between(c_ptr, rows, None, channels, n_channels, K, C, PARTS))
 
 
 @triton.jit
 def _to_end(c_ptr, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The decay from each token to the end of the chunk, [C, BLOCK_K]."""
-    return _decay(c_ptr, tl.arange(0, C)[:, None], C - 1, tl.arange(0, BLOCK_K)[None, :], n_channels, K, C, PARTS)
+    rows, channels = tl.arange(0, C)[:, None], tl.arange(0, BLOCK_K)[None, :]
+    return tl.exp2(_between(c_ptr, C - 1, rows, channels, n_channels, K, C, PARTS))
+
+
+@triton.jit
+def _across(c_ptr, channels, n_channels, K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """The decay from before the chunk to its end, of these channels."""
+    return tl.exp2(_between(c_ptr, C - 1, None, channels, n_channels, K, C, PARTS))
 
 
 @triton.jit
@@ -140,13 +149,12 @@ def _advance(
     b = load_block(b_ptr, stride_bt, 1, n_rows, n_values, C, BLOCK_V)
     channels, rows = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, C)[None, :]
     if REVERSE:
-        decay = _decay(c_ptr, rows, None, channels, n_keys, K, C, PARTS)
+        exponent = _between(c_ptr, rows, None, channels, n_keys, K, C, PARTS)
     else:
-        decay = _decay(c_ptr, rows, C - 1, channels, n_keys, K, C, PARTS)
-    across = _decay(c_ptr, C - 1, None, channels, n_keys, K, C, PARTS)
-    a = a.to(tl.float32) * (decay * scale)
+        exponent = _between(c_ptr, C - 1, rows, channels, n_keys, K, C, PARTS)
+    a = a.to(tl.float32) * (tl.exp2(exponent) * scale)
     rounded = cast(a, b.dtype)
-    memory = dot(rounded, b, memory * across)
+    memory = dot(rounded, b, memory * _across(c_ptr, channels, n_keys, K, C, PARTS))
     if EXACT:
         memory = dot(cast(a - rounded.to(tl.float32), b.dtype), b, memory)
     return memory
@@ -193,7 +201,7 @@ def _gla_segments(
             memory, a_ptr + n * C * stride_at, b_ptr + n * C * stride_bt, chunk_ptr,
             stride_at, stride_bt, T - n * C, K - k, V - v, scale, K, C, PARTS, REVERSE, EXACT, BLOCK_K, BLOCK_V,
         )  # fmt: skip
-        factor *= _decay(chunk_ptr, C - 1, None, channels, K - k, K, C, PARTS)
+        factor *= _across(chunk_ptr, channels, K - k, K, C, PARTS)
     at = (b * H + h) * segments + segment
     store_block(ends_ptr + (at * K + k) * V + v, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
     tl.store(factors_ptr + at * K + k + channels, factor, mask=(channels < K - k) & (v == 0))
@@ -347,7 +355,7 @@ def _gla_gradients(
     dq *= _from_start(c_ptr, n_keys, K, C, PARTS, BLOCK_K)
     dk *= _to_end(c_ptr, n_keys, K, C, PARTS, BLOCK_K)
     written = k.to(tl.float32) * dk
-    kept *= _decay(c_ptr, C - 1, None, tl.arange(0, BLOCK_K), n_keys, K, C, PARTS)
+    kept *= _across(c_ptr, tl.arange(0, BLOCK_K), n_keys, K, C, PARTS)
     dg = tl.cumsum(written, 0) - written + kept[None, :]
     for level in range(LEVELS):
         decay = _to_border(c_ptr, level, n_keys, K, C, PARTS, BLOCK_K)

@@ -100,6 +100,13 @@ def test_strong_gates_leave_their_neighbours_all_bits(backend: str) -> None:
     assert_equivalent(lambda **_: seen, alone, {name: x[:, :, 60:] for name, x in inputs.items()}, grads=False)
 
 
+@backends
+def test_a_zero_that_was_rounded_up_is_taken_as_it_is(backend: str) -> None:
+    inputs = tensors(gain=0.0)
+    inputs["g"] += 9e-4
+    assert_equivalent(op(backend), op("reference"), inputs)
+
+
 @pytest.mark.parametrize("chunk_size", [16, 32] if INTERPRET else [1, 2, 16, 128])
 @backends
 def test_chunks_change_rounding_only(backend: str, chunk_size: int) -> None:
