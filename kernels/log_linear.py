@@ -871,7 +871,9 @@ def _backward(
         _launch(_log_linear_key_gradients, B * H * N, arguments)
         _launch(_log_linear_value_gradients, columns * N, arguments)
         _launch(_log_linear_gates, B * H * N, arguments | dict(moved_ptr=moved.cumsum(2)))
-        if first is not None:
+        if first is None:
+            dfirst.zero_()
+        else:
             _launch(_log_linear_carried, tiles * L, arguments)
     for dx, heads in zip((dq, dk, dv), each, strict=True):
         sum_heads(dx, heads)
