@@ -163,7 +163,8 @@ def _chunk_decay(
     i = tl.arange(0, C)[None, :]
     t = n * C + i
     g = tl.load(g_ptr + bh // H * stride_gb + bh % H * stride_gh + t * stride_gt, mask=t < T, other=0.0)
-    g = tl.maximum(g.to(tl.float32), -1000.0)  # a factor of 0 as well; sums with -inf would have no differences
+    g = g.to(tl.float32)
+    g = tl.where(g < -1000.0, -1000.0, g)  # a factor of 0 as well; sums with -inf would have no differences
     c = tl.cumsum(g.to(tl.float64), 1)
     hi = c.to(tl.float32)
     at = c_ptr + (bh * N + n) * 2 * C + i
