@@ -60,7 +60,9 @@ FENWICK, LOG_LINEAR, LOG_LINEAR_DELTA = (
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
 COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 GLA, GLA_KERNEL = "effkit/attention/gla.py", "effkit/kernels/chunk_gla.py"
-CHUNK_TILES, CHUNK_SCAN = (f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan"))
+CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL = (
+    f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan", "linear_attention")
+)
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -214,6 +216,19 @@ BUGS = (
                 ("several chunks",)),
             Bug("token halved", CHUNK_SCAN, "memory += k[:, None] * values[None, :]",
                 "memory += 0.5 * k[:, None] * values[None, :]", ("two",)),
+        )
+    ),
+    *(
+        replace(bug, op="linear_attention", backend="triton")
+        for bug in (
+            Bug("weights of the past forgotten", LINEAR_KERNEL, "total += tl.sum(q * _", "total += tl.sum(0 * q * _",
+                ("one past a chunk",)),
+            Bug("sums take their own chunk", LINEAR_KERNEL, "(tl.cumsum(x, 0) - x)", "tl.cumsum(x, 0)",
+                ("one past a chunk",)),
+            Bug("gradient of the quotient dropped", LINEAR_KERNEL, "(dscores - delta[None, :])", "dscores",
+                ("primes",)),
+            Bug("sums run forward", LINEAR_KERNEL, "n = N - 1 - place", "n = place", ("several chunks",)),
+            Bug("token missing from its own sum", CHUNK_SCAN, "key_sum += k", "key_sum += 0 * k", ("one",)),
         )
     ),
 )  # fmt: skip
