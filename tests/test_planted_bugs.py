@@ -60,8 +60,8 @@ FENWICK, LOG_LINEAR, LOG_LINEAR_DELTA = (
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
 COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 GLA, GLA_KERNEL = "effkit/attention/gla.py", "effkit/kernels/chunk_gla.py"
-CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL = (
-    f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan", "linear_attention")
+CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL, LOG_LINEAR_KERNEL = (
+    f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan", "linear_attention", "log_linear")
 )
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
@@ -216,6 +216,22 @@ BUGS = (
                 ("several chunks",)),
             Bug("token halved", CHUNK_SCAN, "memory += k[:, None] * values[None, :]",
                 "memory += 0.5 * k[:, None] * values[None, :]", ("two",)),
+        )
+    ),
+    *(
+        replace(bug, op="log_linear_attention", backend="triton")
+        for bug in (
+            Bug("a level too low", LOG_LINEAR_KERNEL, "tl.where(bit < LOG_C, within, bit + 1)",
+                "tl.where(bit < LOG_C, within, bit)", ("one past a chunk",)),
+            Bug("halves joined without decay", LOG_LINEAR_KERNEL, "_between(until_ptr, half, end) * first + second",
+                "first + second", ("small chunks",)),
+            Bug("a block that nobody reads", LOG_LINEAR_KERNEL, "level & 1 == 0) & (end <= last)",
+                "level & 1 == 0) & (end < last)", ("one past a chunk",)),
+            Bug("the state decays from the block", LOG_LINEAR_KERNEL,
+                "gradient += _between(until_ptr, first, N) * held", "gradient += held", ("strong gates",)),
+            Bug("what passes a chunk has no gates", LOG_LINEAR_KERNEL, "tl.where(sees, all_read - after, added_before)",
+                "tl.where(sees, all_read - after, 0.0)", ("no decay",)),
+            Bug("the state has no gates", LOG_LINEAR_KERNEL, "kept += tl.load(", "kept += 0 * tl.load(", ("no decay",)),
         )
     ),
     *(

@@ -311,7 +311,7 @@ CASES = (
     Case("several chunks", level_sizes(1, 2, 130, 16, L=10), _STATE, gain=dict(g=0.1)),
     Case("grouped", level_sizes(1, (2, 1, 4), 70, 16), _STATE),
     Case("strong gates", level_sizes(1, 2, 100, 16), dict(chunk_size=16, **_STATE), gain=dict(g=10.0)),
-    Case("no decay", level_sizes(1, 2, 70, 16), _STATE, gain=dict(g=0.0)),
+    Case("no decay", level_sizes(1, 2, 70, 16), dict(chunk_size=16, **_STATE), gain=dict(g=0.0)),
     Case("levels off", level_sizes(1, 2, 67, 16), dict(chunk_size=16, **_STATE), gain=dict(level_scales=0.0)),
     Case("small chunks", level_sizes(1, 2, 127, 16), dict(chunk_size=16, scale=0.25)),
     Case("packed", level_sizes(1, 2, 90, 16, N=5), _STATE, ints=dict(cu_seqlens=(0, 1, 1, 66, 80))),
