@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention import (
+    DeltaNet,
+    GatedDeltaNet,
     GatedLinearAttention,
     HedgehogFeatureMap,
     LinearAttention,
@@ -27,6 +29,10 @@ LAYERS: dict[str, Any] = {
     ),
     "MultiScaleRetention": lambda **made: MultiScaleRetention(12, 3, chunk_size=16, **made),
     "GatedLinearAttention": lambda **made: GatedLinearAttention(12, 2, gate_low_rank=3, chunk_size=16, **made),
+    "DeltaNet": lambda **made: DeltaNet(12, 2, expand_v=2.0, chunk_size=16, **made),
+    "GatedDeltaNet": lambda **made: GatedDeltaNet(
+        12, 2, num_v_heads=4, head_dim=5, head_v_dim=3, allow_neg_eigval=True, chunk_size=16, **made
+    ),
     "LinearAttention": lambda **made: LinearAttention(12, 4, 2, chunk_size=16, **made),
     "LinearAttention, hedgehog": lambda **made: LinearAttention(
         12, 2, 1, feature_map="hedgehog", rope_theta=100.0, bias=True, chunk_size=16, **made
@@ -55,7 +61,8 @@ def layer(name: str, **made: Any) -> nn.Module:
 def rows(state: Any, index: slice) -> Any:
     """Rows of a state, however its tuples are nested."""
     if isinstance(state, tuple):
-        return type(state)(*(rows(part, index) for part in state))
+        parts = [rows(part, index) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
     return None if state is None else state[index]
 
 
@@ -354,6 +361,10 @@ def test_hedgehog_starts_as_the_fixed_map_and_learns_a_map_a_head() -> None:
         (lambda: Mamba2(12, head_dim=4, chunk_size=48), "chunk_size is 48"),
         (lambda: MultiScaleRetention(12, 4), "expand_k .* is 12, expected a multiple of 8"),
         (lambda: MultiScaleRetention(12, 3, expand_v=0.9), "expand_v .* is 10, expected a multiple of 3"),
+        (lambda: DeltaNet(12, 5), "expand_k .* is 12, expected a multiple of num_heads=5"),
+        (lambda: DeltaNet(12, 2, chunk_size=48), "chunk_size is 48"),
+        (lambda: GatedDeltaNet(12, 4, num_v_heads=6), "num_v_heads is 6, expected a multiple of num_heads=4"),
+        (lambda: GatedDeltaNet(12, 4, head_dim=-1), "head_dim is -1"),
         (lambda: LinearAttention(12, 5), "hidden_size is 12, expected a multiple of num_heads=5"),
         (lambda: LinearAttention(12, 4, 3), "num_kv_heads is 3, expected a divisor of num_heads=4"),
         (lambda: LinearAttention(12, 4, rope_theta=1e4), "head_dim is 3, .* even"),
@@ -367,7 +378,9 @@ def test_layer_refuses_sizes_that_do_not_fit(make: Any, message: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["Mamba2", "MultiScaleRetention", "GatedLinearAttention", "LinearAttention"])
+@pytest.mark.parametrize(
+    "name", ["Mamba2", "MultiScaleRetention", "GatedLinearAttention", "GatedDeltaNet", "LinearAttention"]
+)
 def test_layer_on_kernels(name: str) -> None:
     """Views as projections leave them, a state, one more token."""
 

@@ -2,7 +2,14 @@
 
 from effkit.attention._fenwick import LogLinearState
 from effkit.attention._recurrent import LayerState, RecurrentState
-from effkit.attention.deltanet import DeltaRuleConfig, GatedDeltaRuleConfig, delta_rule, gated_delta_rule
+from effkit.attention.deltanet import (
+    DeltaNet,
+    DeltaRuleConfig,
+    GatedDeltaNet,
+    GatedDeltaRuleConfig,
+    delta_rule,
+    gated_delta_rule,
+)
 from effkit.attention.gla import GatedLinearAttention, GatedLinearAttentionConfig, gated_linear_attention
 from effkit.attention.grouped_query import (
     GQAConfig,
@@ -36,8 +43,10 @@ from effkit.attention.window_caches import RollingKVCache, SinkKVCache
 
 __all__ = [
     "FEATURE_MAPS",
+    "DeltaNet",
     "DeltaRuleConfig",
     "GQAConfig",
+    "GatedDeltaNet",
     "GatedDeltaRuleConfig",
     "GatedLinearAttention",
     "GatedLinearAttentionConfig",

@@ -73,9 +73,7 @@ def check_inputs(
         raise ValueError(
             f"{op.name}: H={sizes['H']} heads have a gate or state, expected H={heads}, the most of q, k, v"
         )
-    readable = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable:  # no operation that torch.compile could trace
-        readable = not torch._C._functorch.is_functorch_wrapped_tensor(q)  # by vmap, which has no values to read
+    readable = may_read(q)
     g = present.get("g")
     if g is not None and readable and g.numel() and g.max() > 1e-3:  # a zero may have been rounded up
         raise ValueError(
@@ -88,6 +86,13 @@ def check_inputs(
             f"{op.name}: initial_state has {len(memory)} rows, expected one for each row or packed sequence"
         )
     return heads
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether values may be looked at: they are on the CPU, and nothing traces or maps over them."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)  # by vmap, which has no values to read
 
 
 def check_packing(op: str, cu_seqlens: Tensor, B: int, T: int, readable: bool) -> None:

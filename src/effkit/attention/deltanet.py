@@ -24,11 +24,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention._blocks import wide_dtype
 from effkit.attention._recurrent import (
+    LayerState,
     RecurrentState,
     autocast,
     by_spans,
@@ -39,14 +40,17 @@ from effkit.attention._recurrent import (
     cumulative_decay,
     expand_heads,
     from_chunks,
+    may_read,
     next_position,
     pair_decay,
     run,
     to_chunks,
     widen,
+    zero_rest,
 )
 from effkit.attention._swap import DecayingConfig, RecurrentConfig
-from effkit.attention.mamba2 import BENCH, first_memory, log_decay, sizes
+from effkit.attention.mamba2 import BENCH, first_memory, log_decay, sizes, start_steps
+from effkit.attention.short_convolution import ShortConvolution
 from effkit.ops import Case, Op, register
 
 
@@ -209,8 +213,8 @@ def delta_rule(
     v [B, Hv, T, V]     values; q, k, v of one dtype (under autocast they are cast to its dtype)
     beta [B, H, T]      how much of the old value is replaced, any float dtype: 0 nothing, 1 all of it; between 1 and 2
                         the memory along k changes sign (eigenvalues 1 - beta |k|^2 < 0)
-    qk_l2norm           divide each query and key by sqrt(|x|^2 + 1e-6) first, in float32, and round
-                        to its dtype; gradients flow through it
+    qk_l2norm           divide each query and key by sqrt(|x|^2 + 1e-6) first, in float32, rounded to its dtype;
+                        gradients flow through it
     scale               default K ** -0.5
     initial_state, return_state, cu_seqlens, chunk_size, backend    as in `ssd`
 
@@ -277,7 +281,7 @@ def _run(
     tensors = dict(q=q, k=k, v=v, **gates)
     heads = check_inputs(op, tensors, state["initial_state"], state["cu_seqlens"])
     check_chunk_size(op.name, chunk_size)
-    if not qk_l2norm and q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not qk_l2norm and may_read(q):
         _warn_of_growth(op.name, k, beta, heads, state["cu_seqlens"])
     return run(
         op, backend, tensors, **state, scale=check_scale(op.name, scale, q.shape[3] ** -0.5 if q.shape[3] else 1.0),
@@ -298,6 +302,202 @@ def _warn_of_growth(name: str, k: Tensor, beta: Tensor, heads: int, cu_seqlens: 
             "keys, or pass qk_l2norm=True.",
             stacklevel=4,
         )
+
+
+class DeltaNet(nn.Module):
+    """The layer of arXiv 2406.06484, section 3.4: x [B, T, C] -> y [B, T, C].
+
+        q, k, v = silu(conv(x W)), each with its own W and convolution        beta = sigmoid(x W_b)
+        y = RMSNorm(delta_rule(q, k, v, beta, qk_l2norm=True)) W_o            the norm over each head's values
+
+    hidden_size         C
+    num_heads           H
+    expand_k, expand_v  K = expand_k * C / H, V = expand_v * C / H, the widths of a head's keys and values
+    conv_kernel         tokens that the convolutions see
+    allow_neg_eigval    beta = 2 sigmoid(x W_b): along a key the memory may change sign (arXiv 2411.12537)
+    norm_eps            of the RMSNorm
+    chunk_size, backend    as in `delta_rule`
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 4,
+        *,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv_kernel: int = 4,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+        chunk_size: int = 64,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        keys, values = int(hidden_size * expand_k), int(hidden_size * expand_v)
+        for name, width in (("expand_k", keys), ("expand_v", values)):
+            if num_heads < 1 or width < num_heads or width % num_heads:
+                raise ValueError(
+                    f"DeltaNet: {name} * hidden_size is {width}, expected a multiple of num_heads={num_heads}"
+                )
+        check_chunk_size("DeltaNet", chunk_size)
+        self.num_heads, self.allow_neg_eigval, self.chunk_size, self.backend = (
+            num_heads, allow_neg_eigval, chunk_size, backend
+        )  # fmt: skip
+        made: Any = dict(device=device, dtype=dtype)
+        self.q_proj, self.k_proj = (nn.Linear(hidden_size, keys, bias=False, **made) for _ in range(2))
+        self.v_proj = nn.Linear(hidden_size, values, bias=False, **made)
+        self.b_proj = nn.Linear(hidden_size, num_heads, bias=False, **made)
+        self.q_conv1d, self.k_conv1d = (ShortConvolution(keys, conv_kernel, **made) for _ in range(2))
+        self.v_conv1d = ShortConvolution(values, conv_kernel, **made)
+        self.o_norm = nn.RMSNorm(values // num_heads, eps=norm_eps, **made)
+        self.o_proj = nn.Linear(values, hidden_size, bias=False, **made)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        """y [B, T, C], with return_state also the LayerState after the last token.
+
+        state: that of an earlier call, which x continues. cu_seqlens [N] packs sequences along T of a single row, as in
+        `ssd`, each with a state of its own.
+        """
+        convs, memory = state or ((None, None, None), None)
+        x = zero_rest(x, cu_seqlens)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        mixed = [
+            convolution(part, state=before, cu_seqlens=cu_seqlens)
+            for convolution, part, before in zip(convolutions, projected, convs, strict=True)
+        ]
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y, _ in mixed)
+        o: Any = delta_rule(
+            q, k, v, _step_size(self.b_proj(x), self.allow_neg_eigval), qk_l2norm=True, initial_state=memory,
+            return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size, backend=self.backend,
+        )  # fmt: skip
+        o, memory = o if return_state else (o, None)
+        o = o.transpose(1, 2).to(self.o_norm.weight.dtype)  # under autocast o is half, the norm is not
+        y = self.o_proj(self.o_norm(o).flatten(2))
+        return (y, LayerState(tuple(last for _, last in mixed), memory)) if return_state else y
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, allow_neg_eigval={self.allow_neg_eigval}"
+
+
+class GatedDeltaNet(nn.Module):
+    """The layer of arXiv 2412.06464, section 3.4 and figure 1, as in Qwen3-Next: x [B, T, C] -> y [B, T, C].
+
+        q, k, v = silu(conv1d(x W_qkv))        z = x W_z        beta = sigmoid(x W_b)
+        g = -exp(A_log) softplus(x W_a + dt_bias)
+        y = (RMSNorm(gated_delta_rule(q, k, v, g, beta, qk_l2norm=True)) * silu(z)) W_o
+
+    hidden_size         C
+    num_heads           heads of queries and keys
+    num_v_heads         heads of values, gates and memories, a multiple of num_heads whose query and key they share in
+                        groups; default num_heads
+    head_dim            K
+    head_v_dim          V, default head_dim
+    conv_kernel         tokens that the convolution sees
+    allow_neg_eigval    beta = 2 sigmoid(x W_b): along a key the memory may change sign (arXiv 2411.12537)
+    norm_eps            of the RMSNorm over each head's values
+    chunk_size, backend    as in `gated_delta_rule`
+
+    Parameters have the names and shapes of transformers' Qwen3_5GatedDeltaNet, whose weights load_state_dict takes as
+    they are. A_log and dt_bias are commonly left out of weight decay.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_v_heads: int | None = None,
+        head_dim: int = 128,
+        head_v_dim: int | None = None,
+        conv_kernel: int = 4,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-6,
+        chunk_size: int = 64,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        heads, width = num_v_heads or num_heads, head_v_dim or head_dim
+        if num_heads < 1 or heads % num_heads:
+            raise ValueError(f"GatedDeltaNet: num_v_heads is {heads}, expected a multiple of num_heads={num_heads}")
+        if head_dim < 1 or width < 1:
+            raise ValueError(f"GatedDeltaNet: head_dim is {head_dim}, head_v_dim {width}, expected at least 1")
+        check_chunk_size("GatedDeltaNet", chunk_size)
+        self.num_heads, self.num_v_heads, self.head_dim, self.head_v_dim = num_heads, heads, head_dim, width
+        self.allow_neg_eigval, self.chunk_size, self.backend = allow_neg_eigval, chunk_size, backend
+        made: Any = dict(device=device, dtype=dtype)
+        self._widths = num_heads * head_dim, num_heads * head_dim, heads * width  # of q, k, v
+        self.in_proj_qkv = nn.Linear(hidden_size, sum(self._widths), bias=False, **made)
+        self.in_proj_z = nn.Linear(hidden_size, heads * width, bias=False, **made)
+        self.in_proj_b = nn.Linear(hidden_size, heads, bias=False, **made)
+        self.in_proj_a = nn.Linear(hidden_size, heads, bias=False, **made)
+        self.conv1d = ShortConvolution(sum(self._widths), conv_kernel, **made)
+        self.dt_bias = nn.Parameter(torch.empty(heads, **made))
+        self.A_log = nn.Parameter(torch.empty(heads, **made))
+        self.norm = nn.RMSNorm(width, eps=norm_eps, **made)
+        self.out_proj = nn.Linear(heads * width, hidden_size, bias=False, **made)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """exp(A_log) uniform in [0.01, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]; others as in torch."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+        self.A_log.uniform_(0.01, 16).log_()
+        start_steps(self.dt_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        """y [B, T, C], with return_state also the LayerState after the last token; arguments as in `DeltaNet`."""
+        conv, memory = state or (None, None)
+        x = zero_rest(x, cu_seqlens)
+        mixed, conv = self.conv1d(self.in_proj_qkv(x), state=conv, cu_seqlens=cu_seqlens)
+        q, k, v = (
+            part.unflatten(2, (-1, width)).transpose(1, 2)
+            for part, width in zip(
+                mixed.split(self._widths, dim=-1), (self.head_dim, self.head_dim, self.head_v_dim), strict=True
+            )
+        )
+        step, A_log, dt_bias = widen(self.in_proj_a(x), self.A_log, self.dt_bias)
+        g = -(A_log.exp() * F.softplus(step + dt_bias)).transpose(1, 2)
+        o: Any = self._attend(
+            x, q, k, v, g, _step_size(self.in_proj_b(x), self.allow_neg_eigval), initial_state=memory,
+            return_state=return_state, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size, backend=self.backend,
+        )  # fmt: skip
+        o, memory = o if return_state else (o, None)
+        o = self.norm(o.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)  # under autocast o is half, the norm not
+        y = self.out_proj((o * F.silu(self.in_proj_z(x))).to(x.dtype))
+        return (y, LayerState(conv, memory)) if return_state else y
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Any:
+        """What a log-linear layer does otherwise; x is the input of the layer."""
+        return gated_delta_rule(q, k, v, g, beta, qk_l2norm=True, **options)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_v_heads={self.num_v_heads}, head_dim={self.head_dim}"
+
+
+def _step_size(x: Tensor, allow_neg_eigval: bool) -> Tensor:
+    """beta [B, H, T] from [B, T, H]: sigmoid, or twice that."""
+    beta = x.to(wide_dtype(x.dtype)).sigmoid().transpose(1, 2)
+    return 2 * beta if allow_neg_eigval else beta
 
 
 @dataclass(frozen=True)

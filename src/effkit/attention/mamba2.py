@@ -225,8 +225,7 @@ class Mamba2(nn.Module):
         for module in (self.in_proj, self.conv1d, self.norm, self.out_proj):
             module.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
-        step = self.dt_bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
-        self.dt_bias.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        start_steps(self.dt_bias)
         self.D.fill_(1)
 
     def forward(
@@ -267,6 +266,13 @@ class Mamba2(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, state_size={self.state_size}, head_dim={self.head_dim}, n_groups={self.n_groups}"
+
+
+@torch.no_grad()
+def start_steps(bias: Tensor) -> None:
+    """Fills a bias so that softplus(bias) is log-uniform in [0.001, 0.1]."""
+    step = bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
+    bias.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
 @dataclass(frozen=True)
