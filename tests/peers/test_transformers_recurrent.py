@@ -1,4 +1,4 @@
-"""The recurrent ops and layers against transformers' own: the gated delta rule of Qwen3-Next, the mixer of Mamba-2."""
+"""The recurrent ops and layers against transformers' own: the gated delta rule and layer of Qwen, that of Mamba-2."""
 
 import inspect
 from typing import Any
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from effkit.attention import Mamba2
+from effkit.attention import GatedDeltaNet, Mamba2
 from effkit.ops import Case, get_op
 from effkit.testing import assert_equivalent, make_inputs
 
 qwen3_next = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+qwen3_5 = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
 
 GATED_DELTA_RULE = get_op("gated_delta_rule")
@@ -94,23 +95,67 @@ def test_mamba2_mixer(n_groups: int) -> None:
     )
 
 
-def test_mamba2_mixer_decodes_the_same() -> None:
-    """Prefill, then token by token, each with its own cache."""
+def their_steps(config: Any, module: Any) -> Any:
+    """Prefill, then token by token, with their cache."""
     from transformers import DynamicCache
 
-    config, theirs, ours = mixers()
-
-    def their_steps(x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Tensor:
         cache = DynamicCache(config=config)
-        return torch.cat([theirs(part, cache_params=cache) for part in x.split([20, *[1] * 7], dim=1)], dim=1)
+        return torch.cat([module(part, cache_params=cache) for part in x.split([20, *[1] * 7], dim=1)], dim=1)
 
-    def our_steps(x: Tensor) -> Tensor:
-        module, outs, state = ours.to(x.dtype), [], None
+    return call
+
+
+def our_steps(module: Any) -> Any:
+    """The same with our state."""
+
+    def call(x: Tensor) -> Tensor:
+        layer, outs, state = module.to(x.dtype), [], None
         for part in x.split([20, *[1] * 7], dim=1):
-            y, state = module(part, state=state, return_state=True)
+            y, state = layer(part, state=state, return_state=True)
             outs.append(y)
         return torch.cat(outs, dim=1)
 
+    return call
+
+
+def test_mamba2_mixer_decodes_the_same() -> None:
+    config, theirs, ours = mixers()
     x = torch.randn(2, 27, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert_equivalent(their_steps, our_steps, (x,), grads=False)
+        assert_equivalent(their_steps(config, theirs), our_steps(ours), (x,), grads=False)
+
+
+def delta_nets() -> tuple[Any, Any, GatedDeltaNet]:
+    """The configuration of Qwen 3.5, its layer, and ours with its weights."""
+    from transformers import Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        hidden_size=24, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=10,
+        linear_value_head_dim=6, num_hidden_layers=1, layer_types=["linear_attention"],
+    )  # fmt: skip
+    theirs = qwen3_5.Qwen3_5GatedDeltaNet(config, layer_idx=0).eval()
+    with torch.no_grad():
+        theirs.norm.weight.add_(torch.randn_like(theirs.norm.weight) / 4)
+    ours = GatedDeltaNet(24, 2, num_v_heads=4, head_dim=10, head_v_dim=6, norm_eps=config.rms_norm_eps, chunk_size=16)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return config, theirs, ours
+
+
+def test_gated_delta_net() -> None:
+    """Its weights load as they are; outputs and the gradients of all parameters agree. Their sums are in float32."""
+    _, theirs, ours = delta_nets()
+    x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(0))
+    assert_equivalent(
+        lambda x, **parameters: functional_call(theirs, restored(parameters), (x,)),
+        lambda x, **parameters: functional_call(ours, restored(parameters), (x,)),
+        {"x": x, **named(ours)},
+    )
+
+
+def test_gated_delta_net_decodes_the_same() -> None:
+    config, theirs, ours = delta_nets()
+    x = torch.randn(2, 27, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_equivalent(their_steps(config, theirs), our_steps(ours), (x,), grads=False)

@@ -559,7 +559,7 @@ _CASES = (
 )
 _GATED_CASES = (
     Case("a chunk", sizes(1, 1, 64, 16), _STATE),
-    Case("several chunks", sizes(1, 1, 130, 16), _STATE, ("initial_state",)),
+    Case("several chunks", sizes(1, 1, 130, 16), _STATE, ("initial_state",), gain=dict(g=0.1)),
     Case("negative eigenvalues", sizes(1, 2, 66, 16), _STATE, gain=dict(beta=2.0)),
     Case("nothing written", sizes(1, 1, 40, 16), _STATE, ("initial_state",), gain=dict(beta=0.0)),
     Case("small chunks", sizes(1, 1, 39, 16), dict(chunk_size=16, scale=0.5)),
