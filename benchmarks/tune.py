@@ -136,7 +136,8 @@ def _norm(rows: int) -> Case:
 
 
 def _recurrent(b: int, heads: int, length: int, width: int) -> Case:
-    sizes = dict(B=b, Hq=heads, Hk=heads, Hv=heads, H=heads, T=length, K=width, V=width, R=b, N=0)
+    levels = (length - 1).bit_length() + 1
+    sizes = dict(B=b, Hq=heads, Hk=heads, Hv=heads, H=heads, T=length, K=width, V=width, R=b, N=0, L=levels)
     return Case(f"tune {b} {heads} {length} {width}", sizes)
 
 
@@ -171,6 +172,9 @@ TABLES = (
     Table("effkit.kernels.chunk_gla:MEMORIES", "gated_linear_attention", False, CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.chunk_gla:OUTPUT", "gated_linear_attention", False, GATED_CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.chunk_gla:GRADIENTS", "gated_linear_attention", True, GATED_CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.log_linear:BLOCKS", "log_linear_attention", False, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.log_linear:OUTPUT", "log_linear_attention", True, CHUNKS, _short_scan, _scan),
+    Table("effkit.kernels.log_linear:GRADIENTS", "log_linear_attention", True, CHUNKS, _short_scan, _scan),
     Table(
         "effkit.kernels.dyt:_FWD",
         "dynamic_tanh",

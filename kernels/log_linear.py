@@ -562,7 +562,7 @@ def _log_linear_key_gradients(
         store_block(dk_ptr + k, stride_dkt, n_rows, K - k, dk, C, BLOCK_K)
     sums_ptr += bh * T + start + i
     tl.store(sums_ptr + part, columns, mask=i < n_rows)
-    tl.store(sums_ptr + 2 * part, tl.sum(added, 1), mask=i < n_rows)
+    tl.store(sums_ptr + 2 * tl.cast(part, tl.int64), tl.sum(added, 1), mask=i < n_rows)
     is_in = ((position // C + n) >> levels.to(tl.int64)) & 1 == 0
     moved_ptr += (bh * (N + 1) + n + 1) * LEVELS + levels
     tl.store(moved_ptr, tl.sum(added, 0).to(tl.float64), mask=(levels < LEVELS) & is_in)
@@ -626,7 +626,7 @@ def _log_linear_gates(
     sums_ptr += bh * T + start + i
     rows = tl.load(sums_ptr, mask=i < n_rows, other=0.0)
     columns = tl.load(sums_ptr + part, mask=i < n_rows, other=0.0)
-    added = tl.load(sums_ptr + 2 * part, mask=i < n_rows, other=0.0)
+    added = tl.load(sums_ptr + 2 * tl.cast(part, tl.int64), mask=i < n_rows, other=0.0)
     dg = tl.cumsum(rows - columns, 0, reverse=True) + tl.cumsum(added, 0) - added
 
     level = tl.arange(0, BLOCK_L).to(tl.int64)
