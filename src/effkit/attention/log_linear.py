@@ -60,14 +60,12 @@ class LogLinearAttentionConfig(DecayingConfig):
         o_t = sum_s w_ts v_s / sum_s w_ts
         w_ts = level_scales[t, level(t, s)] exp(g_{s+1} + ... + g_t) phi(q_t) . phi(k_s)
 
-    phi are learned maps of positive features (`HedgehogFeatureMap`); level_scales = softplus(W x + b) for each head and
-    level and g as in `SSDConfig`, with W = 0. A level holds twice as many tokens as the one below. The scales start at
-    2 ** -level, so that all blocks of the past weigh alike and near tokens more than far ones, as in trained attention;
-    the gates start nearly open. max_length, by default the model's max_position_embeddings, is the longest sequence
-    for which there are levels. layers and backend as in `RecurrentConfig`.
+    phi are learned maps of positive features (`HedgehogFeatureMap`), g is that of `SSDConfig`, and level_scales =
+    softplus(W x + b) for each head and level, with W = 0 and all scales 1 at first: it starts as `SSDConfig` and learns
+    from there which distances matter. max_length, by default the model's max_position_embeddings, is the longest
+    sequence for which there are levels. layers and backend as in `RecurrentConfig`.
     """
 
-    half_lives: tuple[float, float] = (16.0, 4096.0)
     max_length: int | None = None
 
     def __post_init__(self) -> None:

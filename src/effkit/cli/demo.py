@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,14 @@ from torch import Tensor, nn
 
 import effkit
 from effkit import zoo
-from effkit.attention import GQAConfig, SlidingWindowConfig, SoftmaxAttentionConfig
-from effkit.change import ChangeConfig
+from effkit.attention import (
+    GQAConfig,
+    LinearAttentionConfig,
+    LogLinearAttentionConfig,
+    SlidingWindowConfig,
+    SoftmaxAttentionConfig,
+)
+from effkit.change import Change, ChangeConfig
 from effkit.cli import output
 from effkit.cli.arguments import find_device
 from effkit.norm import DyTConfig
@@ -34,19 +41,27 @@ SAMPLE_BYTES = 56  # with its title 80 columns wide
 
 @dataclass(frozen=True)
 class Row:
-    """One technique: prepare takes a fresh copy of the model and returns the changed one; heals: show it healed too."""
+    """One technique: prepare changes a fresh copy of the model, and says how where that was one change.
+
+    heals: show it healed too. distills: the first steps of a healing let the new modules learn the old ones' outputs.
+    """
 
     name: str
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Callable[[nn.Module], Change | None]
     heals: bool = False
+    distills: bool = False
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is computed: held-out windows per measurement, steps of a healing and windows per step."""
+    """How much is computed: held-out windows per measurement, steps of a healing and windows per step.
+
+    distill_steps are those steps of a healing that are spent on single modules, in rows that distill.
+    """
 
     windows: int
     heal_steps: int
+    distill_steps: int
     heal_rows: int
 
 
@@ -65,29 +80,35 @@ class Measured:
     sample: str
 
 
-def changed_by(*configs: ChangeConfig) -> Callable[[nn.Module], nn.Module]:
-    """The prepare function of techniques that `effkit.apply` puts into a model."""
+def changed_by(config: ChangeConfig) -> Callable[[nn.Module], Change]:
+    """The prepare function of a technique that `effkit.apply` puts into a model."""
 
-    def prepare(model: nn.Module) -> nn.Module:
-        effkit.apply(model, *configs)
-        return model
+    def prepare(model: nn.Module) -> Change:
+        change = effkit.apply(model, config)
+        assert isinstance(change, Change)
+        return change
 
     return prepare
 
 
+HALF = (1, 3, 5)  # not the first layer, which loses more than any other
 ROWS = (
-    Row("baseline (torch SDPA)", lambda model: model),
+    Row("baseline (torch SDPA)", lambda model: None),
     Row("exact attention", changed_by(SoftmaxAttentionConfig())),
     Row("window of 128 tokens", changed_by(SlidingWindowConfig(window=128))),
-    Row("window of 32 tokens", changed_by(SlidingWindowConfig(window=32))),
+    Row("window of 32 tokens", changed_by(SlidingWindowConfig(window=32)), heals=True),
     Row("window 32, 4 sinks", changed_by(SlidingWindowConfig(window=32, sink_tokens=4))),
-    Row("window 32 in 3 layers", changed_by(SlidingWindowConfig(window=32, layers=(0, 1, 2)))),
+    Row("window 32 in 3 layers", changed_by(SlidingWindowConfig(window=32, layers=(0, 1, 2))), heals=True),
+    Row("linear attention", changed_by(LinearAttentionConfig()), heals=True, distills=True),
+    Row("linear in 3 layers", changed_by(LinearAttentionConfig(layers=HALF)), heals=True, distills=True),
+    Row("log-linear attention", changed_by(LogLinearAttentionConfig()), heals=True, distills=True),
+    Row("log-linear, 3 layers", changed_by(LogLinearAttentionConfig(layers=HALF)), heals=True, distills=True),
     Row("GQA, 8 -> 4 kv heads", changed_by(GQAConfig(num_kv_heads=4)), heals=True),
     Row("GQA, 8 -> 1 kv heads", changed_by(GQAConfig(num_kv_heads=1)), heals=True),
     Row("DyT for every norm", changed_by(DyTConfig()), heals=True),
 )
-FULL = Effort(windows=48, heal_steps=40, heal_rows=4)
-QUICK = Effort(windows=4, heal_steps=2, heal_rows=2)
+FULL = Effort(windows=32, heal_steps=40, distill_steps=16, heal_rows=2)
+QUICK = Effort(windows=4, heal_steps=2, distill_steps=1, heal_rows=2)
 
 
 def run(json: str | None = None, quick: bool = False, device: str | None = None) -> None:
@@ -124,15 +145,26 @@ class _Bench:
 
     def measure_row(self, row: Row) -> Iterator[Measured]:
         """The lines of a technique: as it comes out of the change, and healed."""
-        model = row.prepare(copy.deepcopy(self.model)).eval()
+        model = copy.deepcopy(self.model)
+        change = row.prepare(model)
+        model.eval()
         yield self._measure(row.name, 0, model)
         if row.heals:
-
-            def show(step: int, bits: float) -> None:
-                self._advance(3 * self.effort.heal_rows, f"{row.name}: healing, step {step} of {len(self.training)}")
-
-            zoo.heal(model, self.training, on_step=show)
+            self._heal(row, model, change)
             yield self._measure(row.name, len(self.training), model)
+
+    def _heal(self, row: Row, model: nn.Module, change: Change | None) -> None:
+        """Trains on the same batches in every row; in one that distills, on the first of them only the new modules."""
+        first = self.effort.distill_steps if row.distills else 0
+
+        def show(step: int, loss: float, before: int = 0) -> None:
+            told = f"{row.name}: healing, step {before + step} of {len(self.training)}"
+            self._advance(3 * self.effort.heal_rows, told)
+
+        if row.distills:
+            assert change is not None
+            zoo.distill(change, self.training[:first], on_step=show)
+        zoo.heal(model, self.training[first:], lr=5e-4, on_step=functools.partial(show, before=first))
 
     def _measure(self, name: str, steps: int, model: nn.Module) -> Measured:
         self._advance(0, f"{name}: measuring")

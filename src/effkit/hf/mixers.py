@@ -158,8 +158,8 @@ class LogLinearMixer(SSDMixer):
     def __init__(self, config: LogLinearAttentionConfig, sizes: Sizes, module: Any) -> None:
         super().__init__(config, sizes, module)
         levels = levels_for(config.max_length or module.config.max_position_embeddings)
-        start = (0.5 ** torch.arange(levels, dtype=torch.float64)).expm1().log()  # the inverse of softplus
-        self.level, self.heads = TokenLinear(sizes, start.repeat(sizes.heads)), sizes.heads
+        one = torch.full((sizes.heads * levels,), math.log(math.e - 1))  # where softplus is 1
+        self.level, self.heads = TokenLinear(sizes, one), sizes.heads
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **options: Any) -> Any:
         scales = -F.logsigmoid(-self.level(x))  # softplus, whose own backward does not trace in every layout
