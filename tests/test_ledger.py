@@ -71,9 +71,15 @@ def test_benchmark_cases_and_rivals(op: Op) -> None:
     assert op.rivals and all(callable(ledger.resolve(path)) for path in op.rivals.values())
 
 
+# Ops without a kernel of their own, and why.
+WITHOUT_KERNEL = {"log_linear_gated_delta_rule": "its weights per source need another WY family; auto takes torch"}
+
+
 @every_op
 def test_kernel_takes_what_the_torch_path_takes(op: Op) -> None:
-    assert op.triton is not None, "hot paths have a kernel; an op without one needs its own reason here"
+    assert (op.triton is None) == (op.name in WITHOUT_KERNEL), "an op without a kernel needs its reason here"
+    if op.triton is None:
+        return
     inspect.signature(op.implementation("triton")).bind(**dict.fromkeys(options_of(op.reference)))
     assert importlib.import_module(op.triton.partition(":")[0]).aot_specs()
 
