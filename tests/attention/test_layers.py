@@ -14,6 +14,7 @@ from effkit.attention import (
     GatedLinearAttention,
     HedgehogFeatureMap,
     LinearAttention,
+    LogLinearGatedDeltaNet,
     LogLinearMamba2,
     Mamba2,
     MultiScaleRetention,
@@ -24,6 +25,9 @@ from effkit.testing import assert_equivalent, flat_tensors
 # name -> a layer of width 12; chunks of 16, so that 37 tokens are three of them
 LAYERS: dict[str, Any] = {
     "Mamba2": lambda **made: Mamba2(12, state_size=5, head_dim=4, n_groups=2, chunk_size=16, **made),
+    "LogLinearGatedDeltaNet": lambda **made: LogLinearGatedDeltaNet(
+        12, 1, num_v_heads=2, max_length=64, head_dim=5, head_v_dim=3, chunk_size=16, **made
+    ),
     "LogLinearMamba2": lambda **made: LogLinearMamba2(
         12, max_length=64, state_size=5, head_dim=4, n_groups=2, chunk_size=16, **made
     ),

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.attention import (
+    GatedDeltaNet,
     LevelScales,
+    LogLinearGatedDeltaNet,
     LogLinearMamba2,
     LogLinearState,
     Mamba2,
@@ -376,19 +378,34 @@ if not INTERPRET:
         with pytest.raises(ValueError, match="max_length is 0, expected"):
             LevelScales(12, 3, max_length=0)
 
-    def test_mamba2_with_levels_that_weigh_alike_is_mamba2() -> None:
+    @pytest.mark.parametrize(
+        ("plain", "module"),
+        [
+            (
+                lambda: Mamba2(12, state_size=5, head_dim=4, chunk_size=16),
+                lambda: LogLinearMamba2(12, max_length=64, state_size=5, head_dim=4, chunk_size=16),
+            ),
+            (
+                lambda: GatedDeltaNet(12, 3, num_v_heads=6, head_dim=5, chunk_size=16, norm_eps=0.0),
+                lambda: LogLinearGatedDeltaNet(12, 3, max_length=64, num_v_heads=6, head_dim=5, norm_eps=0.0),
+            ),
+        ],
+        ids=["Mamba2", "GatedDeltaNet"],
+    )
+    def test_layer_whose_levels_weigh_alike_is_the_plain_one(plain: Any, module: Any) -> None:
+        """The norm of GatedDeltaNet takes out that its queries are scaled and those of the log-linear layer are not."""
+
         class Ones(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
                 return x.new_ones(len(x), 6, x.shape[1], 7)
 
         torch.manual_seed(0)
-        options: Any = dict(state_size=5, head_dim=4, chunk_size=16)
-        plain, module = Mamba2(12, **options), LogLinearMamba2(12, max_length=64, **options)
-        missing = module.load_state_dict(plain.state_dict(), strict=False)
+        one, other = plain(), module()
+        missing = other.load_state_dict(one.state_dict(), strict=False)
         assert missing.missing_keys == ["level_scales.L", "level_scales.proj.weight"] and not missing.unexpected_keys
-        module.level_scales = Ones()
+        other.level_scales = Ones()
         x = torch.randn(2, 37, 12)
-        assert_equivalent(lambda x: module.to(x.dtype)(x), lambda x: plain.to(x.dtype)(x), (x,))
+        assert_equivalent(lambda x: other.to(x.dtype)(x), lambda x: one.to(x.dtype)(x), (x,))
 
     def test_a_layer_refuses_what_is_longer_than_its_levels() -> None:
         module = LogLinearMamba2(12, max_length=16, head_dim=4)

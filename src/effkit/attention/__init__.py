@@ -32,7 +32,7 @@ from effkit.attention.log_linear import (
     LogLinearMamba2,
     log_linear_attention,
 )
-from effkit.attention.log_linear_delta import log_linear_gated_delta_rule
+from effkit.attention.log_linear_delta import LogLinearGatedDeltaNet, log_linear_gated_delta_rule
 from effkit.attention.longformer import LongformerAttention
 from effkit.attention.mamba2 import Mamba2, SSDConfig, ssd
 from effkit.attention.retnet import MultiScaleRetention, RetentionConfig, default_decay, retention
@@ -58,6 +58,7 @@ __all__ = [
     "LinearAttention",
     "LinearAttentionConfig",
     "LogLinearAttentionConfig",
+    "LogLinearGatedDeltaNet",
     "LogLinearMamba2",
     "LogLinearState",
     "LongformerAttention",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effkit.attention._recurrent import check_chunk_size, check_inputs, chunk_length, span_length
+from effkit.attention._recurrent import check_chunk_size, check_inputs, chunk_length, may_read, span_length
 from effkit.ops import Op
 
 Blocks = dict[int, Tensor]  # level -> [B, H, K, V], the sum over a block of the past, where it is not empty
@@ -69,7 +69,7 @@ def _longest(B: int, T: int, initial: LogLinearState | None, cu_seqlens: Tensor 
         return T if cu_seqlens is None else 0
     lengths = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
     read = [0] * len(lengths)
-    if initial is not None and (T > 1 or initial.position.device.type == "cpu"):
+    if initial is not None and (T > 1 or may_read(initial.position)):
         read = initial.position.tolist()
     return max((length + before for length, before in zip(lengths, read, strict=True)), default=0)
 

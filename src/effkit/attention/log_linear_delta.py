@@ -44,13 +44,14 @@ from effkit.attention._recurrent import (
     check_scale,
     cumulative_decay,
     expand_heads,
+    may_read,
     pair_decay,
     run,
     to_chunks,
     widen,
 )
-from effkit.attention.deltanet import _warn_of_growth, l2_normalize, supports, unit_length
-from effkit.attention.log_linear import BENCH, CASES, level_sizes, traffic
+from effkit.attention.deltanet import GatedDeltaNet, _warn_of_growth, l2_normalize, supports, unit_length
+from effkit.attention.log_linear import BENCH, CASES, LevelScales, level_sizes, traffic
 from effkit.attention.mamba2 import log_decay
 from effkit.ops import Case, Op, register
 
@@ -252,8 +253,26 @@ def _check(
     op = LOG_LINEAR_GATED_DELTA_RULE
     check(op, tensors, initial, cu_seqlens, chunk_size)
     k, beta = tensors["k"], tensors["beta"]
-    if not qk_l2norm and k.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not qk_l2norm and may_read(k):
         _warn_of_growth(op.name, k, beta, beta.shape[1], cu_seqlens)
+
+
+class LogLinearGatedDeltaNet(GatedDeltaNet):
+    """`GatedDeltaNet` with memories for blocks of the past (arXiv 2506.04761, section 3): x [B, T, C] -> y [B, T, C].
+
+    max_length    how many tokens a sequence may have, those before `state` included
+    options       those of `GatedDeltaNet`
+
+    Beside the parameters of `GatedDeltaNet` it has those of `level_scales`, a `LevelScales`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, max_length: int = 16384, **options: Any) -> None:
+        super().__init__(hidden_size, num_heads, **options)
+        made: Any = dict(device=self.A_log.device, dtype=self.A_log.dtype)
+        self.level_scales = LevelScales(hidden_size, self.num_v_heads, max_length, **made)
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Any:
+        return log_linear_gated_delta_rule(q, k, v, g, beta, self.level_scales(x), qk_l2norm=True, **options)
 
 
 def flops(case: Case) -> float:
