@@ -73,12 +73,12 @@ def gated_delta_rule_reference(
     q, k, v, beta, g = widen(*(expand_heads(x, heads) for x in (q, k, v)), beta, g)
     state = first_memory(k, v, initial_state)
     outs = [v[:, :, :0]]
-    for t in range(q.shape[2]):
-        if g is not None:
-            state = g[:, :, t, None, None].exp() * state
-        error = v[:, :, t, None, :] - k[:, :, t, None, :] @ state  # [B, H, 1, V]
-        state = state + beta[:, :, t, None, None] * k[:, :, t, :, None] * error
-        outs.append(scale * q[:, :, t, None, :] @ state)
+    decay = torch.ones_like(beta) if g is None else g.exp()
+    for q_t, k_t, v_t, decay_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, decay, beta)), strict=True):
+        state = decay_t[..., None, None] * state
+        error = v_t[..., None, :] - k_t[..., None, :] @ state  # [B, H, 1, V]
+        state = state + beta_t[..., None, None] * k_t[..., :, None] * error
+        outs.append(scale * q_t[..., None, :] @ state)
     return torch.cat(outs, 2).to(dtype), RecurrentState(state, next_position(q, initial_state))
 
 

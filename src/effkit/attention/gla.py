@@ -62,9 +62,9 @@ def gated_linear_attention_reference(
     q, k, v, g = widen(*(expand_heads(x, heads) for x in (q, k, v)), g)
     state = first_memory(k, v, initial_state)
     outs = [v[:, :, :0]]
-    for t in range(q.shape[2]):
-        state = g[:, :, t, :, None].exp() * state + k[:, :, t, :, None] * v[:, :, t, None, :]
-        outs.append(scale * q[:, :, t, None, :] @ state)
+    for q_t, k_t, v_t, g_t in zip(*(x.unbind(2) for x in (q, k, v, g)), strict=True):
+        state = g_t[..., :, None].exp() * state + k_t[..., :, None] * v_t[..., None, :]
+        outs.append(scale * q_t[..., None, :] @ state)
     return torch.cat(outs, 2).to(dtype), RecurrentState(state, next_position(q, initial_state))
 
 

@@ -71,13 +71,13 @@ def linear_attention_reference(
     outs = [v[:, :, :0]]
     if not causal:
         S, z = k.mT @ v, k.sum(2)
-    for t in range(q.shape[2]):
+    for q_t, k_t, v_t in zip(*(x.unbind(2) for x in (q, k, v)), strict=True):
         if causal:
-            S = S + k[:, :, t, :, None] * v[:, :, t, None, :]
-            z = z + k[:, :, t]
-        o = scale * q[:, :, t, None, :] @ S
+            S = S + k_t[..., :, None] * v_t[..., None, :]
+            z = z + k_t
+        o = scale * q_t[..., None, :] @ S
         if normalize:
-            o = o / (scale * (q[:, :, t] * z).sum(-1) + eps)[..., None, None]
+            o = o / (scale * (q_t * z).sum(-1) + eps)[..., None, None]
         outs.append(o)
     return torch.cat(outs, 2).to(dtype), RecurrentState(S, next_position(q, initial_state), z if normalize else None)
 

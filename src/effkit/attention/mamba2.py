@@ -65,10 +65,10 @@ def ssd_reference(
     q, k, v, g = widen(*(expand_heads(x, heads) for x in (q, k, v)), g)
     state = first_memory(k, v, initial_state)
     outs = [v[:, :, :0]]
-    for t in range(q.shape[2]):
-        kept = state if g is None else g[:, :, t, None, None].exp() * state
-        state = kept + k[:, :, t, :, None] * v[:, :, t, None, :]
-        outs.append(scale * q[:, :, t, None, :] @ state)
+    decay = torch.ones_like(v[..., 0]) if g is None else g.exp()
+    for q_t, k_t, v_t, decay_t in zip(*(x.unbind(2) for x in (q, k, v, decay)), strict=True):
+        state = decay_t[..., None, None] * state + k_t[..., :, None] * v_t[..., None, :]
+        outs.append(scale * q_t[..., None, :] @ state)
     return torch.cat(outs, 2).to(dtype), RecurrentState(state, next_position(q, initial_state))
 
 
