@@ -161,9 +161,10 @@ def line_up(
 def shortened(op: Op, case: Case, limit: int) -> Case:
     """The case with its long axes cut to the limit, for a reference whose cost may grow with their square.
 
-    The last axes of the tensors, the widths, stay: kernels are chosen by them.
+    Axes that are last wherever they stand, the widths, stay: kernels are chosen by them.
     """
-    widths = {shape.axes[-1] for shape in op.signature.inputs if len(shape.axes) > 1}
+    several = [shape.axes for shape in op.signature.inputs if len(shape.axes) > 1]
+    widths = {axes[-1] for axes in several} - {axis for axes in several for axis in axes[:-1]}  # g [B, H, T] ends long
 
     def cut(axis: str, size: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if axis in widths:
