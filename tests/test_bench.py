@@ -112,7 +112,7 @@ def test_the_judged_case_keeps_the_widths():
     attention = load_ops()["softmax_attention"]
     sizes = dict(B=1, Hq=8, Hkv=8, T=1, S=32768, D=128, Dv=64)
     assert bench.shortened(attention, Case("long", sizes), 512).sizes == {**sizes, "S": 512}
-    ssd = get_op("ssd")  # its gates end in the length, which is no width
+    ssd = load_ops()["ssd"]  # its gates end in the length, which is no width
     assert bench.shortened(ssd, ssd.bench[-1], 512).sizes == {**ssd.bench[-1].sizes, "T": 512}
 
 
