@@ -63,6 +63,9 @@ GLA, GLA_KERNEL = "effkit/attention/gla.py", "effkit/kernels/chunk_gla.py"
 CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL, LOG_LINEAR_KERNEL = (
     f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan", "linear_attention", "log_linear")
 )
+DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = "effkit/attention/deltanet.py", *(
+    f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")
+)
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -152,6 +155,37 @@ BUGS = (
             Bug("segments do not decay", GLA_KERNEL, "memory *= factor[:, None]", "memory *= 1.0",
                 ("several chunks",)),
             Bug("few tokens forget nothing", GLA_KERNEL, "memory * tl.exp(g) + k", "memory + k", ("two",)),
+        )
+    ),
+    *(
+        replace(bug, op="gated_delta_rule")
+        for bug in (
+            Bug("old value not taken back", DELTA, "value = w - e @ memory", "value = w", ("several chunks",)),
+            Bug("what is found does not decay", DELTA, "q * decay, erase * decay", "q * decay, erase",
+                ("several chunks",)),
+            Bug("memory does not decay", DELTA, "factor * memory) + key.mT", "memory) + key.mT", ("several chunks",)),
+            Bug("step size missing from the system", DELTA, "tril(), beta * (k @ k.mT)", "tril(), k @ k.mT",
+                ("primes",)),
+        )
+    ),
+    *(
+        replace(bug, op="gated_delta_rule", backend="triton")
+        for bug in (
+            Bug("sign of a block of the inverse", DELTA_CHUNKS, "lower_left = -dot(", "lower_left = dot(", ("primes",)),
+            Bug("blocks meet that do not touch", DELTA_CHUNKS, "(j >> level) + 1) & ((j >> level) % 2 == 0), m",
+                "(j >> level) + 1), m", ("primes",)),
+            Bug("erasures do not decay", DELTA_CHUNKS, "strength *= from_start", "strength += 0 * from_start",
+                ("several chunks",)),
+            Bug("values decay on their way out only", DELTA_CHUNKS, "values *= to_end", "values += 0 * to_end",
+                ("several chunks",)),
+            Bug("erasures send nothing back", DELTA_BACKWARD, "cast(-dvalues, dtype)", "cast(0 * dvalues, dtype)",
+                ("several chunks",)),
+            Bug("pairs seen from one side", DELTA_BACKWARD, "dot(tl.trans(pairs), keys, dot(pairs, keys, dk))",
+                "dot(pairs, keys, dk)", ("primes",)),
+            Bug("gates of what is found", DELTA_BACKWARD, "tl.cumsum(-beta * found", "tl.cumsum(0 * beta * found",
+                ("several chunks",)),
+            Bug("step size where it is forgotten", DELTA_BACKWARD, "dbeta - found", "dbeta", ("several chunks",)),
+            Bug("few tokens add up", DELTA_KERNEL, "error = values - tl.sum", "error = values - 0 * tl.sum", ("few",)),
         )
     ),
     *(

@@ -132,7 +132,7 @@ def test_beta_two_reflects(backend: str) -> None:
 @backends
 @pytest.mark.parametrize("strength", [0.5, 1.9])
 def test_the_same_key_all_along(backend: str, strength: float) -> None:
-    """The worst system of a chunk: powers of M reach 1e18, its inverse no more than 2."""
+    """The worst system of a chunk: powers of M reach 1e27, its inverse no more than 2."""
     x = tensors(64, H=1)
     x["k"] = x["k"][:, :, :1].expand(-1, -1, 64, -1)
     x["beta"] = torch.full((1, 1, 64), strength)

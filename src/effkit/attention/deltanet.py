@@ -12,8 +12,8 @@ comes again replaces its value. Within a chunk of C tokens the corrections depen
 (the WY form of products of I - beta k k^T: no memory is formed within a chunk). Cost: about 2 T (C (1.5 K + V) + 3 K V)
 operations a head, some twice those of `ssd`, for the same state. When not to use it: with keys that are not normalised.
 I - beta k k^T lengthens no vector only while 0 <= beta |k|^2 <= 2, and with keys of normal numbers its products within
-a chunk of 64 reach 1e9 (K = 8) to 1e18 (K = 64): hence `qk_l2norm`, and a warning. Known limit: as with every state of
-fixed size, exact recall over long contexts is worse than with softmax attention.
+a chunk of 64 reach 1e7 (K = 8) or pass 1e20 (K = 64): hence `qk_l2norm`, and a warning. Known limit: as with every
+state of fixed size, exact recall over long contexts is worse than with softmax attention.
 """
 
 from __future__ import annotations
@@ -298,8 +298,8 @@ def _warn_of_growth(name: str, k: Tensor, beta: Tensor, heads: int, cu_seqlens: 
     if worst.numel():
         warnings.warn(
             f"{name}: beta |k|^2 is {worst.flatten()[0].item():.4g} somewhere, outside of [0, 2]: products of "
-            "(I - beta k k^T) grow without bound, to 1e18 within 64 tokens for keys of normal numbers. Normalise the "
-            "keys, or pass qk_l2norm=True.",
+            "(I - beta k k^T) grow without bound, past 1e20 within 64 tokens for keys of 64 normal numbers. Normalise "
+            "the keys, or pass qk_l2norm=True.",
             stacklevel=4,
         )
 
