@@ -73,6 +73,15 @@ def test_techniques_do_what_they_say(whole):
         assert grouped["cache_bytes_per_token"] * 8 == baseline["cache_bytes_per_token"] * heads
         assert grouped["parameters"] < baseline["parameters"]
         assert grouped["bits_per_byte"] > baseline["bits_per_byte"]
+    for everywhere, hybrid in (
+        ("linear attention", "linear in 3 layers"),
+        ("log-linear attention", "log-linear, 3 layers"),
+    ):
+        order = [lines[name, False] for name in (everywhere, hybrid, "baseline (torch SDPA)")]
+        sizes, caches, bits = (
+            [line[key] for line in order] for key in ("parameters", "cache_bytes_per_token", "bits_per_byte")
+        )
+        assert sizes[0] > sizes[1] > sizes[2] and caches[0] < caches[1] < caches[2] and bits[0] > bits[1] > bits[2]
 
 
 def test_rows_start_from_a_fresh_model_and_json_alone_goes_to_stdout(whole, monkeypatch):
