@@ -125,7 +125,7 @@ def test_public_names() -> None:
 def test_a_name_enters_once() -> None:
     with pytest.raises(ValueError, match="already in the ledger"):
         ledger.register(ALL[0])
-    with pytest.raises(ValueError, match="no op named 'softmax', choices: .*softmax_attention"):
+    with pytest.raises(ValueError, match=r"no op named 'softmax', choices: .*softmax_attention"):
         ledger.get_op("softmax")
 
 
