@@ -96,7 +96,7 @@ def _edge(position, n, C: tl.constexpr):
 
 
 @triton.jit
-def _bit_length(x):
+def bit_length(x):
     """The number of binary digits of 0 <= x < 2^24, or of a power of two: the exponent of x as float32."""
     return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
@@ -104,7 +104,7 @@ def _bit_length(x):
 @triton.jit
 def _levels(edge, bit, place, C: tl.constexpr, LOG_C: tl.constexpr):
     """At which level the tokens of a chunk see the block that ends before `edge` at its set bit, [C]."""
-    within = _bit_length((place + tl.arange(0, C)) ^ ((((edge >> bit) - 1) << bit) % C))
+    within = bit_length((place + tl.arange(0, C)) ^ ((((edge >> bit) - 1) << bit) % C))
     return tl.where(bit < LOG_C, within, bit + 1)
 
 
@@ -347,14 +347,14 @@ def _log_linear_state(
             held = load_block(blocks_ptr, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
             memory += _between(until_ptr, end, N) * held
     else:
-        belongs = _bit_length((place + tl.arange(0, C)) ^ (last % C)) == level
+        belongs = bit_length((place + tl.arange(0, C)) ^ (last % C)) == level
         keys = load_block(k_ptr, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
         values = load_block(v_ptr, stride_vt, 1, n_rows, V - v, C, BLOCK_V)
         memory += _block(keys, values, tl.where(belongs, to_end(c_ptr, C), 0.0))
         if position_ptr is not None:
             for i in range(0, LOG_C):
                 begun = (((position >> i) - 1) << i) % C
-                if (n == 0) & ((position >> i) & 1 == 1) & (_bit_length(begun ^ (last % C)) == level):
+                if (n == 0) & ((position >> i) & 1 == 1) & (bit_length(begun ^ (last % C)) == level):
                     held = load_block(blocks_ptr + i * K * V, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
                     memory += across(c_ptr, C) * held
     store_block(last_ptr + (bh * L + level) * K * V + tile, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
@@ -380,7 +380,7 @@ def _log_linear_adjoints(
     bit, edge = at, position
     if at >= CARRIED:
         edge = (base + at - CARRIED + 1) * C
-        bit = (_bit_length(edge & -edge) - 1).to(tl.int64)
+        bit = (bit_length(edge & -edge) - 1).to(tl.int64)
     if (edge >> bit) & 1 == 0:
         return
     first = _end(edge, bit, position, C)
@@ -404,7 +404,7 @@ def _log_linear_adjoints(
         gradient += summary(queries, cotangents, scale * weight)
     if dlast_ptr is not None:
         if last // C - base + 1 == beyond:
-            kept_at = tl.where(bit < LOG_C, _bit_length((((edge >> bit) - 1) << bit) % C ^ (last % C)), bit + 1)
+            kept_at = tl.where(bit < LOG_C, bit_length((((edge >> bit) - 1) << bit) % C ^ (last % C)), bit + 1)
             held = load_block(dlast_ptr + (bh * L + kept_at) * K * V + tile, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
             gradient += _between(until_ptr, first, N) * held
     store_block(adjoints_ptr + (bh * (M + LOG_C + 1) + at) * K * V + tile, V, K - k, V - v, gradient, BLOCK_K, BLOCK_V)
@@ -428,7 +428,7 @@ def _sink(sink, position, n, T, LEVELS, M, CARRIED, C: tl.constexpr):
 @triton.jit
 def _kept(sink, end, position, n, place, T, c_ptr, until_ptr, LEVELS, C: tl.constexpr):
     """How much of each token of chunk n a sink has at its end, [C]."""
-    belongs = _bit_length((place + tl.arange(0, C)) ^ ((position + T - 1) % C)) == sink - LEVELS
+    belongs = bit_length((place + tl.arange(0, C)) ^ ((position + T - 1) % C)) == sink - LEVELS
     weight = to_end(c_ptr, C) * _between(until_ptr, n + 1, end)
     return tl.where((sink < LEVELS) | belongs, weight, 0.0)
 
@@ -670,7 +670,7 @@ def _log_linear_carried(
     until_ptr += bh * (N + 1)
     adjoints_ptr += bh * (M + LOG_C + 1) * K * V + tile
     # The set bit of the position to which the level belongs now; -1 for a level without tokens.
-    lowest = _bit_length(position & -position) - 1
+    lowest = bit_length(position & -position) - 1
     bit = tl.where(own_level <= lowest, lowest, own_level - 1)
     bit = tl.where((own_level == lowest + 1) | ((position >> tl.maximum(bit, 0)) & 1 == 0), -1, bit)
     gradient = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
@@ -685,11 +685,12 @@ def _log_linear_carried(
 
 
 # One program owns BLOCK_V columns of one head's blocks and a single token: it reads each block once and writes it once.
-# All keys of a column are in the program, so that an output needs no other; the tile fills its registers.
+# All keys of a column are in the program, so that an output needs no other; the tile fills its registers. With beta it
+# is a step of the delta rule, before which each block loses what it holds for the key.
 @triton.jit(do_not_specialize=COUNTS)
 def _log_linear_step(
-    q_ptr, k_ptr, v_ptr, g_ptr, scales_ptr, position_ptr, first_ptr, o_ptr, last_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh,
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, scales_ptr, position_ptr, first_ptr, o_ptr, last_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_betab, stride_betah,
     stride_sb, stride_sh, stride_sl, stride_ob, stride_oh,
     H, q_group, k_group, v_group, L, scale,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -704,6 +705,9 @@ def _log_linear_step(
     v_ptr += b * stride_vb + h // v_group * stride_vh + v + columns
     values = tl.load(v_ptr, mask=columns < V - v, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(g_ptr + b * stride_gb + h * stride_gh).to(tl.float32))
+    new = k
+    if beta_ptr is not None:
+        new = k * tl.load(beta_ptr + b * stride_betab + h * stride_betah).to(tl.float32)
     scales_ptr += b * stride_sb + h * stride_sh
     at = (b * H + h) * L * K * V + v
     joined = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
@@ -713,7 +717,9 @@ def _log_linear_step(
         memory = load_block(first_ptr + at + level * K * V, V, 1, K, V - v, BLOCK_K, BLOCK_V).to(tl.float32)
         joined += tl.where(size <= lowest, memory, 0.0)
         memory = tl.where(size <= lowest, 0.0, tl.where(size == 2 * lowest, joined, memory)) * decay
-        memory = tl.where(level == 0, k[:, None] * values[None, :], memory)
+        if beta_ptr is not None:
+            memory -= new[:, None] * tl.sum(k[:, None] * memory, 0)[None, :]
+        memory = tl.where(level == 0, new[:, None] * values[None, :], memory)
         o += tl.load(scales_ptr + level * stride_sl).to(tl.float32) * memory
         store_block(last_ptr + at + level * K * V, V, K, V - v, memory, BLOCK_K, BLOCK_V)
     o = scale * tl.sum(q[:, None] * o, 0)
@@ -811,22 +817,33 @@ def _forward(
     first = None if first is None else first.float().contiguous()
     if not o.numel():
         return o, last.zero_() if first is None else last.copy_(first)
-    B, H, T, V = o.shape
+    if q.shape[2] == 1 and first is not None:
+        decode(q, k, v, g, None, level_scales, first, position, scale, o, last)
+        return o, last
     arguments = _sizes(q, k, v, level_scales, position, scale, chunk_size)
     arguments |= dict(q_ptr=q, k_ptr=k, v_ptr=v, scales_ptr=level_scales, o_ptr=o, last_ptr=last)
     arguments |= _strides(q=q, k=k, v=v, s=level_scales, o=o)
     with torch.cuda.device_of(q):
-        if T == 1 and first is not None:
-            block_k = max(16, triton.next_power_of_2(q.shape[3]))
-            block_v = min(max(16, _COLUMN_ELEMENTS // block_k), max(16, triton.next_power_of_2(V)))
-            arguments |= Tile(block_k, block_v, 4, 1)._asdict() | _strides(g=g) | dict(g_ptr=g, first_ptr=first)
-            _launch(_log_linear_step, B * H * triton.cdiv(V, block_v), arguments)
-        else:
-            arguments = _build_tree(arguments, k, v, g, first)
-            arguments, tiles, columns = _tiles(OUTPUT, arguments, q, v)
-            _launch(_log_linear_output, columns * arguments["N"], arguments)
-            _launch(_log_linear_state, tiles * arguments["L"], arguments)
+        arguments = _build_tree(arguments, k, v, g, first)
+        arguments, tiles, columns = _tiles(OUTPUT, arguments, q, v)
+        _launch(_log_linear_output, columns * arguments["N"], arguments)
+        _launch(_log_linear_state, tiles * arguments["L"], arguments)
     return o, last
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, level_scales: Tensor, first: Tensor,
+    position: Tensor | None, scale: float, o: Tensor, last: Tensor,
+) -> None:  # fmt: skip
+    """Fill o [B, H, 1, V] and the memory after a single token; with beta by the delta rule."""
+    arguments = _sizes(q, k, v, level_scales, position, scale, 16) | dict(q_ptr=q, k_ptr=k, v_ptr=v, g_ptr=g)
+    arguments |= dict(scales_ptr=level_scales, first_ptr=first, o_ptr=o, last_ptr=last, beta_ptr=beta)
+    arguments |= _strides(q=q, k=k, v=v, g=g, s=level_scales, o=o, beta=g if beta is None else beta)
+    block_k = max(16, triton.next_power_of_2(q.shape[3]))
+    block_v = min(max(16, _COLUMN_ELEMENTS // block_k), max(16, triton.next_power_of_2(v.shape[3])))
+    arguments |= Tile(block_k, block_v, 4, 1)._asdict()
+    with torch.cuda.device_of(q):
+        _launch(_log_linear_step, len(q) * arguments["H"] * triton.cdiv(v.shape[3], block_v), arguments)
 
 
 def _fake_forward(
@@ -988,6 +1005,7 @@ _FLOAT32 = (
     "dg_ptr",
     "ds_ptr",
     "g_ptr",
+    "beta_ptr",
 )
 _OTHER = {"until_ptr": "*fp64", "moved_ptr": "*fp64", "position_ptr": "*i64", "scales_ptr": "*fp32"}
 _STATE = ("position_ptr", "dlast_ptr", "kept_ptr")

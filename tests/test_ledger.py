@@ -72,7 +72,7 @@ def test_benchmark_cases_and_rivals(op: Op) -> None:
 
 
 # Ops without a kernel of their own, and why.
-WITHOUT_KERNEL = {"log_linear_gated_delta_rule": "its weights per source need another WY family; auto takes torch"}
+WITHOUT_KERNEL: dict[str, str] = {}
 
 
 @every_op

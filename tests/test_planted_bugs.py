@@ -60,8 +60,9 @@ FENWICK, LOG_LINEAR, LOG_LINEAR_DELTA = (
 KERNELS = ("_common", "_softmax_tiles", "softmax_backward", "softmax_decode", "sliding_window", "dyt")
 COMMON, TILES, BACKWARD, DECODE, WINDOW_KERNEL, DYT_KERNEL = (f"effkit/kernels/{name}.py" for name in KERNELS)
 GLA, GLA_KERNEL = "effkit/attention/gla.py", "effkit/kernels/chunk_gla.py"
-CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL, LOG_LINEAR_KERNEL = (
-    f"effkit/kernels/{name}.py" for name in ("_chunk_tiles", "chunk_scan", "linear_attention", "log_linear")
+CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL, LOG_LINEAR_KERNEL, LOG_LINEAR_DELTA_KERNEL = (
+    f"effkit/kernels/{name}.py"
+    for name in ("_chunk_tiles", "chunk_scan", "linear_attention", "log_linear", "log_linear_delta")
 )
 DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = "effkit/attention/deltanet.py", *(
     f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")
@@ -266,6 +267,18 @@ BUGS = (
             Bug("what passes a chunk has no gates", LOG_LINEAR_KERNEL, "tl.where(sees, all_read - after, added_before)",
                 "tl.where(sees, all_read - after, 0.0)", ("no decay",)),
             Bug("the state has no gates", LOG_LINEAR_KERNEL, "kept += tl.load(", "kept += 0 * tl.load(", ("no decay",)),
+        )
+    ),
+    *(
+        replace(bug, op="log_linear_gated_delta_rule", backend="triton")
+        for bug in (
+            Bug("blocks do not join", LOG_LINEAR_DELTA_KERNEL, "if target != slot:", "if target < slot:",
+                ("no decay",)),
+            Bug("erasure adds", LOG_LINEAR_DELTA_KERNEL, "gradient -= _onto(", "gradient += _onto(", ("no decay",)),
+            Bug("decay of blocks has no gradient", LOG_LINEAR_DELTA_KERNEL, "overlap += block * dblock",
+                "overlap += 0 * block * dblock", ("no decay",)),
+            Bug("keys do not see what they erase", LOG_LINEAR_DELTA_KERNEL, "dkey -= dot(erased, dblock)",
+                "dkey -= 0 * dot(erased, dblock)", ("no decay",)),
         )
     ),
     *(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effkit.attention import LogLinearState, log_linear_attention
+from effkit.attention import LogLinearState, log_linear_attention, log_linear_gated_delta_rule
 from effkit.attention._fenwick import past_blocks
 from effkit.ops import INTERPRET, get_op
 from effkit.testing import assert_equivalent
@@ -105,6 +105,34 @@ def test_function_transforms() -> None:
     expected = torch.autograd.grad(kernels(*leaves).square().sum(), leaves)
     for found, wanted in zip(mapped, expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("qk_l2norm", [False, True])
+def test_a_step_of_the_delta_rule(qk_l2norm: bool) -> None:
+    positions = (0, 16, 1023, 3 * 2**20 - 20)
+    tensors = inputs(len(positions), 1, 1, L=23) | dict(memory=memory_at(positions, L=23))
+    tensors |= dict(k=torch.nn.functional.normalize(tensors["k"], dim=-1), beta=tensors["g"].exp())
+
+    def step(backend: str, memory: Tensor, **tensors: Tensor) -> Any:
+        return log_linear_gated_delta_rule(
+            **tensors,
+            initial_state=LogLinearState(memory, torch.tensor(positions)),
+            return_state=True,
+            qk_l2norm=qk_l2norm,
+            backend=backend,
+        )
+
+    assert_equivalent(partial(step, "triton"), partial(step, "reference"), tensors, grads=False)
+
+
+def test_second_derivatives_of_the_delta_rule_are_refused() -> None:
+    tensors = inputs(1, 1, 32, L=6)
+    tensors |= dict(k=torch.nn.functional.normalize(tensors["k"], dim=-1), beta=tensors["g"].exp())
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    o = log_linear_gated_delta_rule(**leaves, chunk_size=16, backend="triton")
+    grads = torch.autograd.grad(o.square().sum(), list(leaves.values()), create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        sum(x.sum() for x in grads).backward()
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -16,6 +16,7 @@ log2(T / C) / 2 blocks that a chunk finds and has to carry on, in a loop over ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ def log_linear_gated_delta_rule_reference(
 ) -> tuple[Tensor, LogLinearState]:
     """The masked product, with the weight of every source in every output."""
     dtype = v.dtype
-    q, k, v, g, beta, level_scales = _prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
+    q, k, v, g, beta, level_scales = prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
     state = empty_state(k, v, level_scales) if initial_state is None else initial_state
     memory = state.memory.to(q.dtype)
     of_tokens, of_blocks = scales_of_past(level_scales, state)
@@ -101,15 +102,15 @@ def log_linear_gated_delta_rule_torch(
     chunk_size: int,
 ) -> tuple[Tensor, LogLinearState]:
     """Chunks: a triangular system within each, and a loop that carries the blocks of the past over them."""
-    tensors = _prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
+    tensors = prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
     if one_by_one(q, initial_state):
         o, state = recurrence(initial_state, *tensors)
     else:
-        o, state = resume(_piece, tensors, initial_state, chunk_size)
+        o, state = resume(partial(in_chunks, Scan.apply), tensors, initial_state, chunk_size)
     return o.to(v.dtype), state
 
 
-def _prepared(
+def prepared(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, level_scales: Tensor, scale: float, qk_l2norm: bool
 ) -> tuple[Tensor, ...]:
     """The tensors as wide as sums, with all heads; queries scaled."""
@@ -119,10 +120,21 @@ def _prepared(
     return q * scale, k, v, g, beta.to(q.dtype), level_scales.to(q.dtype)
 
 
-def _piece(
-    blocks: Blocks, C: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, level_scales: Tensor
+def in_chunks(
+    scan: Callable[..., tuple[Tensor, ...]],
+    blocks: Blocks,
+    C: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    level_scales: Tensor,
 ) -> tuple[Tensor, Blocks]:
-    """One of `aligned_pieces`: o, and the blocks of the past after it; blocks are those before it."""
+    """One of `aligned_pieces`: o, and the blocks of the past after it; blocks are those before it.
+
+    scan is the loop over chunks: `Scan.apply`, or a kernel.
+    """
     T = q.shape[2]
     q, k, v, g, beta, level_scales = (to_chunks(x, C) for x in (q, k, v, g, beta[..., None], level_scales))
     c = cumulative_decay(g)  # [B, H, N, C]
@@ -138,7 +150,7 @@ def _piece(
     rows = torch.cat((from_start, erase), dim=3)
     levels = sorted({*blocks, *past_blocks((c.shape[2] - 1) * C)})
     per_chunk = (rows, to_end, inverse @ values, decay[..., -1:, :], level_scales)
-    seen, *after_chunks = _Scan.apply(tuple(blocks), *per_chunk, *blocks.values())
+    seen, *after_chunks = scan(tuple(blocks), *per_chunk, *blocks.values())
     after = dict(zip(levels, after_chunks, strict=True))
     key, inverse, values = to_end[:, :, -1], inverse[:, :, -1], values[:, :, -1]
     for i, tokens in past_blocks((T - 1) % C).items():  # of the last chunk
@@ -146,7 +158,7 @@ def _piece(
     return (within + seen).flatten(2, 3)[:, :, :T], after
 
 
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
     """`_scan` that is repeated in backward: of all the blocks only those before the piece are kept for it."""
 
     generate_vmap_rule = True
@@ -303,6 +315,7 @@ LOG_LINEAR_GATED_DELTA_RULE = register(
         function=log_linear_gated_delta_rule,
         reference=log_linear_gated_delta_rule_reference,
         torch=log_linear_gated_delta_rule_torch,
+        triton="effkit.kernels.log_linear_delta:log_linear_gated_delta_rule",
         supports=supports,
         cases=(
             *CASES,
