@@ -489,6 +489,16 @@ def test_distillation_copies_the_original_as_it_was() -> None:
     assert float(torch.stack(errors).mean().detach()) == losses[1]
 
 
+def test_distillation_brings_a_trained_model_back_a_long_way() -> None:
+    """Of what is lost where every layer is swapped, without one step of language modelling."""
+    model, heldout = zoo.load_model(), zoo.heldout_batches(windows=4, rows=4)
+    trained = zoo.bits_per_byte(model, heldout)
+    change = effkit.apply(model, attention.SSDConfig())
+    swapped = zoo.bits_per_byte(model, heldout)
+    zoo.distill(change, zoo.training_batches(steps=10, rows=2, context=256))
+    assert trained < zoo.bits_per_byte(model, heldout) < (trained + swapped) / 2
+
+
 def test_distill_needs_modules_that_replaced_others() -> None:
     change = effkit.apply(original(), attention.GQAConfig(num_kv_heads=1))
     with pytest.raises(TypeError, match="change is one of GQAConfig"):
