@@ -420,8 +420,8 @@ def log_linear_gated_delta_rule(
             o, last = _step_op(*distinct(q, k, *tensors[2:]), initial_state.position, scale)
             state = LogLinearState(last, next_position(q, initial_state))
     else:
-        tensors = prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
-        o, state = resume(partial(in_chunks, _scan), tensors, initial_state, chunk_size)
+        ready = prepared(q, k, v, g, beta, level_scales, scale, qk_l2norm)
+        o, state = resume(partial(in_chunks, _scan), ready, initial_state, chunk_size)
     return o.to(v.dtype), state
 
 

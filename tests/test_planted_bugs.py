@@ -64,8 +64,9 @@ CHUNK_TILES, CHUNK_SCAN, LINEAR_KERNEL, LOG_LINEAR_KERNEL, LOG_LINEAR_DELTA_KERN
     f"effkit/kernels/{name}.py"
     for name in ("_chunk_tiles", "chunk_scan", "linear_attention", "log_linear", "log_linear_delta")
 )
-DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = "effkit/attention/deltanet.py", *(
-    f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")
+DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = (
+    "effkit/attention/deltanet.py",
+    *(f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")),
 )
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
