@@ -22,11 +22,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from effkit.attention._fenwick import LogLinearState, one_by_one, recurrence, resume
 from effkit.attention._recurrent import next_position, widen
 from effkit.attention.deltanet import l2_normalize
-from effkit.attention.log_linear_delta import Scan, in_chunks, prepared
+from effkit.attention.log_linear_delta import in_chunks, prepared
 from effkit.kernels._chunk_tiles import WIDTHS, ChunkTable, Tile, build, load_block, pick, store_block, through_memory
 from effkit.kernels._common import AotSpec, distinct, dot, unit_stride
 from effkit.kernels._recurrent_ops import define, empty_output
@@ -277,7 +278,7 @@ def _backward(
         )
         _log_linear_delta_gradients[B * H * N,](
             rows, key, written, scales, dseen, blocks, dblocks, drows, dkey, dwritten, ddecay, dscales,
-            **sizes, BLOCK_S=triton.next_power_of_2(S), **pick(GRADIENTS, rows, written)._asdict(),
+            **sizes, BLOCK_S=triton.next_power_of_2(max(1, S)), **pick(GRADIENTS, rows, written)._asdict(),
         )  # fmt: skip
     dbefore.copy_(dblocks[:, :, 0, LEVELS:])
     return found
@@ -347,18 +348,24 @@ class _LoopBackward(torch.autograd.Function):
         )
 
 
+def _at_least_16(x: Tensor) -> Tensor:
+    """x [..., C, D] with as many tokens as a matrix instruction takes; those added do nothing."""
+    return F.pad(x, (0, 0, 0, 16 - x.shape[-2])) if x.shape[-2] < 16 else x
+
+
 def _scan(
     levels: tuple[int, ...], rows: Tensor, key: Tensor, written: Tensor, decay: Tensor, level_scales: Tensor,
     *before: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The loop of the torch path, with the same arguments and results: see there."""
     N, C = written.shape[2:4]
-    if N == 1:
-        return Scan.apply(levels, rows, key, written, decay, level_scales, *before)  # no loop
     slots = [C.bit_length() + bit for bit in range((N - 1).bit_length())] + list(levels)
-    scales = torch.stack([level_scales[..., level] for level in slots], -1)
+    scales = torch.stack([level_scales[..., level] for level in slots], -1) if slots else level_scales[..., :0]
     held = torch.stack(before, 2) if before else key.new_empty(*key.shape[:2], 0, key.shape[4], written.shape[4])
-    seen, after = _Loop.apply(rows, key, written, decay[..., 0, 0], scales, held)
+    query_and_erase = _at_least_16(rows.unflatten(3, (2, C))).flatten(3, 4)
+    tokens = (_at_least_16(x) for x in (key, written))
+    seen, after = _Loop.apply(query_and_erase, *tokens, decay[..., 0, 0], _at_least_16(scales), held)
+    seen = seen[:, :, :, :C]
     blocks = {level: after[:, :, i] for i, level in enumerate(slots) if level in levels or (N - 1) >> i & 1}
     blocks[0] = key[:, :, -1].mT @ written[:, :, -1]
     return seen, *(blocks[level] for level in sorted(blocks))
