@@ -162,7 +162,8 @@ def _linear_output(
     for k in range(0, K, BLOCK_K):
         q = load_block(q_ptr + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K).to(tl.float32)
         total += tl.sum(q * _load_row(sums_ptr + at * K + k, K - k, BLOCK_K)[None, :], 1)
-    inverse = 1 / (scale * total + eps)
+    # Rows behind the last token have no keys: with eps=0 theirs would be a division by zero.
+    inverse = 1 / tl.where(tl.arange(0, C) < n_rows, scale * total + eps, 1.0)
     store_row(inverse_ptr + (b * H + h) * T + n * C, inverse, n_rows, C)
     inverse *= scale
     write_rows(

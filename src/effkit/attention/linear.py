@@ -410,7 +410,7 @@ _CASES = (
     Case("both directions", sizes(2, (4, 2, 2), 37, 16, 24), dict(causal=False)),
     Case("both directions, unnormalised", sizes(1, 2, 20, 16), dict(causal=False, normalize=False, scale=0.1)),
     Case("both directions, lengths", sizes(3, 2, 20, 16), dict(causal=False), ints=dict(key_lengths=(20, 0, 7))),
-    Case("packed", sizes(1, 2, 90, 16, N=5), _STATE, ints=dict(cu_seqlens=(0, 1, 1, 66, 80))),
+    Case("packed", sizes(1, 2, 90, 16, N=5), ints=dict(cu_seqlens=(0, 1, 1, 66, 80))),
     Case("softmax", sizes(2, 2, 37, 16), dict(causal=False, feature_map="softmax")),
     Case("softmax, lengths", sizes(3, 2, 20, 16), dict(causal=False, feature_map="softmax"),
          ints=dict(key_lengths=(20, 0, 7))),

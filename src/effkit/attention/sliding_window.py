@@ -448,10 +448,10 @@ _BENCH = (
     Case("causal 256, twice the length", _sizes(1, 8, 8192, 64), dict(window=256)),
     Case("256 and 4 sinks", _sizes(1, 8, 4096, 64), dict(window=256, sink_tokens=4)),
     Case("128 on both sides, 4 global", _sizes(1, 8, 4096, 64, G=4), dict(window=128, **_SIDES), ints=_FIRST),
-    Case("128 on both sides, 4 global, twice the length", _sizes(1, 8, 8192, 64, G=4), dict(window=128, **_SIDES),
+    Case("128 on both sides, 4 global, 8k", _sizes(1, 8, 8192, 64, G=4), dict(window=128, **_SIDES),
          ints=_FIRST),
     Case("1024 and 4 sinks of 16k", _sizes(1, (16, 4), 16384, 128), dict(window=1024, sink_tokens=4), large=True),
-    Case("256 on both sides, 4 global, of 16k", _sizes(4, 12, 16384, 64, G=4), dict(window=256, **_SIDES),
+    Case("256 on both sides, 4 global, 16k", _sizes(4, 12, 16384, 64, G=4), dict(window=256, **_SIDES),
          ints=dict(global_tokens=_FIRST["global_tokens"] * 4), large=True),
 )  # fmt: skip
 
