@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkit.ops import INTERPRET, Case, Op, load_ops
-from effkit.testing import assert_equivalent, compare, flat_tensors, make_inputs, plan
+from effkit.testing import compare, flat_tensors, judge, make_inputs, plan
 
 DEVICES = ["cpu"] if INTERPRET or not torch.cuda.is_available() else ["cpu", "cuda"]
 BACKENDS = ("triton",) if INTERPRET else None
@@ -63,9 +63,10 @@ def test_repeats_bit_for_bit(op: Op, case: Case, backend: str) -> None:
     for _ in range(2):
         leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in grads}}
         outputs = list(flat_tensors(call(op, case, backend)(**leaves)))
-        total = sum(torch.where(out.isfinite(), out, 0.0).square().sum() for out in outputs if out.requires_grad)
-        found = torch.autograd.grad(total, [leaves[name] for name in grads], materialize_grads=True)
-        runs.append([*outputs, *found])
+        if grads:
+            total = sum(torch.where(out.isfinite(), out, 0.0).square().sum() for out in outputs if out.requires_grad)
+            outputs += torch.autograd.grad(total, [leaves[name] for name in grads], materialize_grads=True)
+        runs.append(outputs)
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -75,7 +76,8 @@ def test_compiles_without_graph_breaks(op: Op, case: Case, backend: str) -> None
     inputs = make_inputs(op, case, torch.float32, device_of(backend))
     torch._dynamo.reset()
     compiled = torch.compile(call(op, case, backend), fullgraph=True, backend="aot_eager", dynamic=False)
-    assert_equivalent(compiled, call(op, case, "reference"), inputs, gradients(op, inputs))
+    rows = judge(compiled, call(op, case, "reference"), inputs, gradients(op, inputs), bitwise=op.exact)
+    assert all(row.ok for row in rows), rows
 
 
 class Recorded(TorchDispatchMode):
@@ -93,7 +95,9 @@ class Recorded(TorchDispatchMode):
 
 if "torch" in RUNS_HERE:
 
-    @pytest.mark.parametrize(("op", "case", "backend"), [p for p in some_cases() if p.values[2] == "torch"])
+    @pytest.mark.parametrize(
+        ("op", "case", "backend"), [p for p in some_cases() if p.values[2] == "torch" and p.values[0].grads]
+    )
     def test_gradcheck(op: Op, case: Case, backend: str) -> None:
         """float64 numerical gradients of the torch path."""
         inputs = make_inputs(op, case, torch.float64)
@@ -117,8 +121,9 @@ if "triton" in RUNS_HERE:
         inputs = make_inputs(op, case, torch.float32, device_of(backend))
         leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in gradients(op, inputs)}}
         with Recorded() as recorded:
-            outputs = call(op, case, backend)(**leaves)
-            (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
+            out = next(flat_tensors(call(op, case, backend)(**leaves)))
+            if out.requires_grad:
+                out.sum().backward()
         assert recorded.calls
         for func, args, kwargs in recorded.calls:
             plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]

@@ -67,7 +67,7 @@ def test_benchmark_cases_and_rivals(op: Op) -> None:
     assert any(not case.large for case in op.bench) and any(case.large for case in op.bench)
     for case in (*op.bench, *op.cases):
         assert op.flops(case) >= 0 and op.traffic(case) >= 0
-    assert all(op.flops(case) > 0 and op.traffic(case) > 0 for case in op.bench)
+    assert all(op.flops(case) > 0 and op.traffic(case) + op.other_bytes(case) > 0 for case in op.bench)
     assert op.rivals and all(callable(ledger.resolve(path)) for path in op.rivals.values())
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from effkit.ops import INTERPRET, Case, Op, resolve
-from effkit.testing import Result, judge, make_inputs
+from effkit.testing import Result, flat_tensors, judge, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where effkit is installed from one
 MODES = ("forward", "forward+backward")
@@ -320,6 +320,7 @@ def _judge(op: Op, case: Case, provider: Provider, dtype: torch.dtype, device: t
         functools.partial(op.function, **case.options, backend="reference"),
         inputs,
         grads,
+        bitwise=op.exact,
     )
     result = Result(op.name, case.name, str(dtype), provider.name, device.type, tuple(rows))
     if provider.own and not result.ok:
@@ -342,7 +343,7 @@ def _call(op: Op, provider: Provider, case: Case, inputs: Mapping[str, Tensor], 
 
     def both() -> Any:
         outputs = provider.call(**{**inputs, **leaves}, **case.options)
-        outputs = [outputs] if isinstance(outputs, Tensor) else [out for out in outputs if out is not None]
+        outputs = list(flat_tensors(outputs))
         if not cotangents:
             cotangents.extend(torch.randn_like(out) for out in outputs)
         return torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
@@ -405,7 +406,7 @@ def _about(op: Op, case: Case, dtype: torch.dtype, mode: str) -> Row:
         "op": op.name,
         "case": case.name,
         "sizes": dict(case.sizes),
-        "options": dict(case.options),
+        "options": {name: str(x) if isinstance(x, torch.dtype) else x for name, x in case.options.items()},
         "dtype": str(dtype).removeprefix("torch."),
         "mode": mode,
     }
@@ -422,7 +423,7 @@ def _rates(op: Op, case: Case, dtype: torch.dtype, mode: str, times: list[float]
     """Rates at the median time, from the ledger's counts, and the share of the time that the ceilings allow."""
     more_flops, more_bytes = WORK[mode]
     flops = op.flops(case) * more_flops
-    size = op.traffic(case) * dtype.itemsize * more_bytes
+    size = (op.traffic(case) * dtype.itemsize + op.other_bytes(case)) * more_bytes
     median = _times(times)["median_ms"]
     return {
         "flops": flops,

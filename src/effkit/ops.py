@@ -20,7 +20,7 @@ from torch import Tensor
 from effkit.shapes import Signature, parse
 
 BACKENDS = ("reference", "torch", "triton")
-AREAS = ("effkit.attention", "effkit.norm")
+AREAS = ("effkit.attention", "effkit.norm", "effkit.quant")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as triton itself: read once, before kernels are defined
 
 _forced: str | None = os.environ.get("EFFKIT_BACKEND") or None
@@ -71,8 +71,11 @@ class Op:
 
     function takes the tensors of the shape line and options by name, and backend=; reference and torch take the same
     without backend; triton is "module:function", imported on first use. supports(**arguments) gives the reason why the
-    kernel cannot run them, or None. flops(**sizes_and_options) and traffic(...) count one forward pass (operations;
-    elements read and written once). rivals maps a name to a function with the same arguments, for `bench`.
+    kernel cannot run them, or None. flops(case) and traffic(case) count one forward pass: operations, and elements in
+    the dtype under test, read and written once; other_bytes(case) adds what has a dtype of its own. rivals maps a name
+    to a function with the same arguments, for `bench`. draw turns the normal values drawn for a tensor into its own;
+    what it returns in another dtype than float64 keeps that dtype. exact: every result equals that of the reference in
+    the same dtype bit for bit, as those of a quantiser do.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Op:
     bench: tuple[Case, ...] = ()
     rivals: Mapping[str, str] = field(default_factory=dict)
     draw: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    exact: bool = False
+    other_bytes: Callable[[Case], float] = lambda case: 0.0
 
     @functools.cached_property
     def signature(self) -> Signature:

@@ -11,7 +11,8 @@ reference, inputs)` does the same for any pair of functions. No tolerance is cho
   error is a single draw. The floor is the same for all rows: a row that cancels to nearly zero carries the rounding of
   its terms, whose size is that of the other rows. Likewise a result that is zero everywhere (a gradient that cancels)
   takes its floor from the largest of the other results;
-* shapes, dtypes, devices, the places of NaN and infinities agree exactly; integer results are bit-equal;
+* shapes, dtypes, devices, the places of NaN and infinities agree exactly; integer results are bit-equal, and so is
+  every result of an op that is defined bit by bit (`Op.exact`): truth then is the reference in the dtype under test;
 * inputs stay as they were, bit for bit; memory that an implementation leaves unwritten holds NaN, and shows.
 """
 
@@ -97,7 +98,7 @@ def compare(
         return op.function(**tensors, **case.options, backend="reference")
 
     grads = tuple(name for name in op.grads if name in inputs)
-    rows = judge(candidate, reference, inputs, grads)
+    rows = judge(candidate, reference, inputs, grads, bitwise=op.exact)
     return Result(op.name, case.name, _short(dtype), backend, torch.device(device).type, tuple(rows))
 
 
@@ -178,7 +179,8 @@ def make_inputs(op: Op, case: Case, dtype: torch.dtype, device: str | torch.devi
         elif not shape.optional or name in case.given:
             value = torch.randn(op.signature.shape_of(name, case.sizes), generator=generator, dtype=torch.float64)
             value = op.draw[name](value) if name in op.draw else value
-            inputs[name] = _lay_out((value * case.gain.get(name, 1.0)).to(device, dtype), case.layout)
+            value = (value * case.gain.get(name, 1.0)).to(dtype) if value.dtype == torch.float64 else value
+            inputs[name] = _lay_out(value.to(device), case.layout)
     return inputs
 
 
@@ -187,12 +189,13 @@ def judge(
     reference: Callable[..., Any],
     inputs: Mapping[str, Any],
     grads: tuple[str, ...],
+    bitwise: bool = False,
 ) -> list[Row]:
     """The rows of one comparison; see the module docstring for the rule."""
     exact = {name: value.double() if _is_floating(value) else value for name, value in inputs.items()}
     cotangents: list[Tensor] = []
-    truth, truth_grads = _evaluate(reference, exact, grads, cotangents)
-    yard, yard_grads = _evaluate(reference, inputs, grads, cotangents)
+    truth, truth_grads = _evaluate(reference, inputs if bitwise else exact, grads, cotangents)
+    yard, yard_grads = (truth, truth_grads) if bitwise else _evaluate(reference, inputs, grads, cotangents)
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
     with _poisoned_memory():
         got, got_grads = _evaluate(candidate, inputs, grads, cotangents)
@@ -203,7 +206,11 @@ def judge(
     names += [f"d {name}" for name in grads]
     compared = zip(names, got + got_grads, truth + truth_grads, yard + yard_grads, strict=True)
     largest = max((_scale(x) for x in (*truth, *truth_grads)), default=0.0)
-    rows = [_row(name, mine, exactly, own, floor, largest) for name, mine, exactly, own in compared]
+    seen_as: Callable[[Tensor], Tensor] = _bits if bitwise else lambda x: x
+    rows = [
+        _row(name, seen_as(mine), seen_as(exactly), seen_as(own), floor, largest)
+        for name, mine, exactly, own in compared
+    ]
     rows += [
         Row(name, math.inf, 0.0, False, "the input was changed")
         for name, value in before.items()
@@ -280,6 +287,16 @@ def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float, larg
     failed = [f"{kind} error {float(e):.2e} > {float(a):.2e}" for kind, e, a in checks if not e <= a]
     detail = f"{'; '.join(failed)}; {_worst(error, got, truth)}" if failed else ""
     return Row(name, float(checks[0][1]), float(checks[0][2]), not failed, detail)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Floats as integers of their bits, all NaN alike."""
+    if not x.is_floating_point():
+        return x
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    if integer != torch.uint8:  # float8 has few operations, and one NaN for each sign
+        x = torch.where(x.isnan(), torch.nan, x)
+    return x.contiguous().view(integer)
 
 
 def _scale(truth: Tensor) -> float:

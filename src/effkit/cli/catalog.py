@@ -110,7 +110,7 @@ def _cost(op: Op, case: Case) -> dict[str, Any]:
         "options": dict(case.options),
         "large": case.large,
         "flops": op.flops(case),
-        "bytes_fp32": 4 * op.traffic(case),
+        "bytes_fp32": 4 * op.traffic(case) + op.other_bytes(case),
     }
 
 
