@@ -51,7 +51,7 @@ class Case:
     names the optional tensors that are present; ints gives integer tensors (int32) by value; gain multiplies the drawn
     values of a tensor; layout is "contiguous", "transposed" (axes 1 and 2 swapped in memory) or "strided" (every
     second element of a larger tensor). large cases run on a GPU only. forward_only cases (decoding) are not timed with
-    their backward pass.
+    their backward pass. draw takes the place of the op's where a tensor comes in another form.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Case:
     layout: str = "contiguous"
     large: bool = False
     forward_only: bool = False
+    draw: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

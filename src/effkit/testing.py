@@ -172,13 +172,14 @@ def make_inputs(op: Op, case: Case, dtype: torch.dtype, device: str | torch.devi
     """The tensors of a case: normal values drawn in float64 from a generator seeded by op and case, then rounded."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{op.name}/{case.name}".encode()))
     inputs: dict[str, Tensor] = {}
+    draw = {**op.draw, **case.draw}
     for shape in op.signature.inputs:
         name = shape.name
         if name in case.ints:
             inputs[name] = torch.tensor(case.ints[name], dtype=torch.int32, device=device)
         elif not shape.optional or name in case.given:
             value = torch.randn(op.signature.shape_of(name, case.sizes), generator=generator, dtype=torch.float64)
-            value = op.draw[name](value) if name in op.draw else value
+            value = draw[name](value) if name in draw else value
             value = (value * case.gain.get(name, 1.0)).to(dtype) if value.dtype == torch.float64 else value
             inputs[name] = _lay_out(value.to(device), case.layout)
     return inputs
