@@ -249,6 +249,29 @@ def _compiled_dyt() -> Callable[..., Any]:
     return torch.compile(_dyt, dynamic=False)
 
 
+@rival(lambda **_: None)
+def smooth_swiglu_eager(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """SwiGLU and the scales of its channels, operation by operation."""
+    return _smooth_swiglu(gate, up)
+
+
+@rival(lambda gate, up: _cannot_compile(gate))
+def smooth_swiglu_compiled(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same through torch.compile, for the shape."""
+    return _compiled_smooth_swiglu()(gate, up)
+
+
+def _smooth_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.silu(gate) * up
+    amax = h.detach().abs().flatten(0, -2).amax(0).float()
+    return h, torch.where(amax > 0, torch.exp2(-torch.ceil(torch.log2(amax))), 1.0)
+
+
+@functools.cache
+def _compiled_smooth_swiglu() -> Callable[..., Any]:
+    return torch.compile(_smooth_swiglu, dynamic=False)
+
+
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention

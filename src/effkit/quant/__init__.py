@@ -1,3 +1,5 @@
 """Fewer bits for weights, activations and optimizer moments."""
 
-__all__: list[str] = []
+from effkit.quant.smooth_swiglu import merge_smooth_scales, smooth_swiglu
+
+__all__ = ["merge_smooth_scales", "smooth_swiglu"]

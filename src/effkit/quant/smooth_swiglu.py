@@ -1,0 +1,231 @@
+"""Smooth-SwiGLU: each channel of SwiGLU is brought to the same size by a power of two before it becomes FP8.
+
+    h = silu(gate) * up,    s_c = 2 ** -ceil(log2 max_n |h[n, c]|),    y = Q(s * h) @ Q(W_down / s)^T
+                               Fishman et al., arXiv 2409.12517, section 4.2: without Q this is W_down h, whatever s is
+
+Why: late in training the gate and up weights of a channel align, and its h grows with the square of its input. One such
+channel sets the scale of the whole tensor, and the others fall into FP8's subnormals or to zero. With s every channel
+peaks in (1/2, 1]. As s is a power of two, multiplying and dividing by it lose nothing.
+
+Cost: h is written once, the maxima are taken while it is at hand, and the codes are made in one more read: 9 bytes an
+element in bfloat16, 7 more than two fused matrix products would need. Backward reads gate and up, which alone are kept.
+
+When not to use it: without FP8, where it changes nothing; with scales by token or by block of channels, which contain
+most of such an outlier. s is as fresh as its batch: an input alone and in a batch need not give the same bits, unless
+the scales are fixed and merged into the weights (`merge_smooth_scales`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effkit.ops import Case, Op, register
+
+
+def smooth_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The equation, in float32 at least, rounded once."""
+    wide = _wide(gate)
+    h = (gate.to(wide) * torch.sigmoid(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    rows = h.detach().to(wide).reshape(math.prod(h.shape[:-1]), h.shape[-1])
+    amax = torch.cat((rows.abs(), rows.new_zeros(1, h.shape[-1]))).amax(0)  # 0 where there is no row
+    return h, smooth_scale(amax)
+
+
+def smooth_scale(amax: Tensor) -> Tensor:
+    """2 ** -ceil(log2 amax) in float32 for each channel: amax times it is in (1/2, 1].
+
+    1 where amax is 0, infinite or NaN. Exponents stay within those of normal numbers, -126 to 127, so that the inverse
+    is one, too, or 2 ** -127.
+    """
+    mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2 ** exponent, mantissa in [1/2, 1)
+    ceiling = exponent - (mantissa == 0.5).to(exponent.dtype)
+    scale = ((127 - ceiling).clamp(1, 254) << 23).view(torch.float32)
+    return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+
+
+def smooth_swiglu_torch(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A few rows at a time, saving gate and up only; under torch.compile as written, which then fuses it."""
+    if torch.compiler.is_compiling():
+        return smooth_swiglu_reference(gate, up)
+    return _SmoothSwiGLU.apply(gate, up)
+
+
+def smooth_swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """SwiGLU, and the power of two that brings each of its channels to a maximum in (1/2, 1].
+
+        h = silu(gate) * up,    channel_scale[c] = 2 ** -ceil(log2 max_n |h[n, c]|)        arXiv 2409.12517
+
+    gate [*N, C]  float16, bfloat16, float32 or float64, any strides
+    up [*N, C]    of the same dtype
+    backend       "reference", "torch", "triton" or None for the fastest that can
+
+    Returns h [*N, C] in gate's dtype, computed in float32 (float64 for float64), and channel_scale [C] in float32: of h
+    as it was rounded, 1 for a channel that is zero or not finite. Gradients flow through h; channel_scale is a
+    constant, since whoever multiplies by it divides by it again.
+    Raises ValueError or TypeError for arguments that do not fit, BackendUnavailable for a backend that cannot run.
+    """
+    SMOOTH_SWIGLU.check(gate=gate, up=up)
+    if gate.dtype not in _DTYPES:
+        raise TypeError(f"smooth_swiglu: gate has dtype {gate.dtype}, choices: {', '.join(map(str, _DTYPES))}")
+    for what in ("dtype", "device"):
+        if getattr(up, what) != getattr(gate, what):
+            raise (TypeError if what == "dtype" else ValueError)(
+                f"smooth_swiglu: up has {what} {getattr(up, what)}, expected {getattr(gate, what)} as gate"
+            )
+    return SMOOTH_SWIGLU.run(backend, gate=gate, up=up)
+
+
+def merge_smooth_scales(up_weight: Tensor, down_weight: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights with fixed scales merged in, so that inference needs none: (s * rows of up, columns of down / s).
+
+    up_weight [C, K]     of the projection that is not gated; a bias of it [C] is multiplied by channel_scale likewise
+    down_weight [D, C]   of the projection that takes h
+    channel_scale [C]    powers of two, as from `smooth_swiglu` on data for calibration
+
+    silu(gate) * (s * up) is s * h, so that the output stays what it was, bit for bit in floating point as long as no
+    product leaves the range of normal numbers.
+    """
+    if up_weight.ndim != 2 or down_weight.ndim != 2 or channel_scale.shape != up_weight.shape[:1]:
+        raise ValueError(
+            f"merge_smooth_scales: shapes {list(up_weight.shape)}, {list(down_weight.shape)} and "
+            f"{list(channel_scale.shape)}, expected up_weight [C, K], down_weight [D, C] and channel_scale [C]"
+        )
+    if down_weight.shape[1] != up_weight.shape[0]:
+        raise ValueError(
+            f"merge_smooth_scales: down_weight has shape {list(down_weight.shape)}, expected [D, C] with "
+            f"C={up_weight.shape[0]} from up_weight"
+        )
+    return (
+        (up_weight * channel_scale[:, None]).to(up_weight.dtype),
+        (down_weight / channel_scale).to(down_weight.dtype),
+    )
+
+
+class _SmoothSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        h, amax = gate.new_empty(gate.shape), gate.new_zeros(gate.shape[-1])
+        for g, u, out in zip(_chunks(gate), _chunks(up), _chunks(h), strict=True):
+            out.copy_(F.silu(g.to(_wide(gate))).mul_(u))
+            amax = torch.maximum(amax, out.abs().amax(0))
+        return h, smooth_scale(amax.to(_wide(gate)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated itself
+            return swiglu_gradients(dh, gate, up)
+        dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        for *inputs, dg, du in zip(*map(_chunks, (dh, gate, up, dgate, dup)), strict=True):
+            for out, value in zip((dg, du), swiglu_gradients(*inputs), strict=True):
+                out.copy_(value)
+        return dgate, dup
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return batched(_SmoothSwiGLU.apply, info.batch_size, in_dims, inputs)
+
+
+def swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up in differentiable operations."""
+    g, dh = gate.to(_wide(gate)), dh.to(_wide(gate))
+    sigmoid = torch.sigmoid(g)
+    dgate = dh * up * sigmoid * (1 + g * (1 - sigmoid))
+    return dgate.to(gate.dtype), (dh * (g * sigmoid)).to(up.dtype)
+
+
+def batched(apply: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]) -> Any:
+    """The op under vmap: each member of the batch has scales of its own, so they are taken one by one."""
+    each = [
+        apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    return tuple(map(torch.stack, zip(*each, strict=True))), (0, 0)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """x [*N, C] as pieces [rows, C]: on a CPU of a size for its cache, elsewhere in one piece; none without rows."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if not rows.numel():
+        return ()
+    size = max(1, _CHUNK * torch.get_num_threads() // x.shape[-1]) if x.device.type == "cpu" else len(rows)
+    return rows.split(size)
+
+
+_CHUNK = 1 << 16  # elements a thread: five pieces of a quarter megabyte in float32
+
+
+def _supports(gate: Tensor, up: Tensor) -> str | None:
+    return "float64: the kernel computes in float32" if gate.dtype == torch.float64 else None
+
+
+def _elements(case: Case) -> int:
+    sizes: Any = case.sizes
+    return math.prod(sizes["*N"]) * sizes["C"]
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CASES = (
+    Case("one", {"*N": (1,), "C": 1}),
+    Case("no rows", {"*N": (0,), "C": 8}),
+    Case("no rows of several axes", {"*N": (3, 0), "C": 8}),
+    Case("no channels", {"*N": (3,), "C": 0}),
+    Case("one row, no axis", {"*N": (), "C": 17}),
+    Case("one channel", {"*N": (67,), "C": 1}),
+    Case("primes", {"*N": (37,), "C": 67}),
+    Case("several axes", {"*N": (2, 3, 5), "C": 33}),
+    Case("a block", {"*N": (64,), "C": 128}),
+    Case("one past a block", {"*N": (65,), "C": 129}),
+    Case("many rows", {"*N": (1031,), "C": 16}),
+    Case("transposed", {"*N": (3, 5), "C": 33}, layout="transposed"),
+    Case("strided", {"*N": (7, 5), "C": 65}, layout="strided"),
+    Case("large gates", {"*N": (29,), "C": 65}, gain={"gate": 50.0}),
+    Case("small values", {"*N": (29,), "C": 65}, gain={"gate": 1e-2, "up": 1e-2}),
+    Case("large up", {"*N": (29,), "C": 65}, gain={"up": 1e3}),
+    Case("language model", {"*N": (4096,), "C": 14336}, large=True),
+    Case("long and odd", {"*N": (100003,), "C": 1025}, large=True),
+)
+_BENCH = (
+    Case("1024 x 2816", {"*N": (1024,), "C": 2816}),
+    Case("256 x 14336", {"*N": (256,), "C": 14336}),
+    Case("8k x 14336", {"*N": (8192,), "C": 14336}, large=True),
+    Case("16k x 8192", {"*N": (16384,), "C": 8192}, large=True),
+)
+
+SMOOTH_SWIGLU = register(
+    Op(
+        name="smooth_swiglu",
+        area="quant",
+        summary="SwiGLU with a power-of-two scale for each channel, so that one outlier does not cost FP8 the others",
+        paper="https://arxiv.org/abs/2409.12517",
+        shapes="gate [*N, C], up [*N, C] -> h [*N, C], channel_scale [C]",
+        function=smooth_swiglu,
+        reference=smooth_swiglu_reference,
+        torch=smooth_swiglu_torch,
+        triton="effkit.kernels.smooth_swiglu:smooth_swiglu",
+        supports=_supports,
+        cases=_CASES,
+        bench=_BENCH,
+        grads=("gate", "up"),
+        flops=lambda case: 6 * _elements(case),  # sigmoid counted as one
+        traffic=lambda case: 3 * _elements(case),
+        rivals={
+            "eager": "effkit.rivals:smooth_swiglu_eager",
+            "compiled": "effkit.rivals:smooth_swiglu_compiled",
+        },
+    )
+)
