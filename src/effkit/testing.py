@@ -302,7 +302,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _scale(truth: Tensor) -> float:
     """rms of the finite values of a result, 0.0 for integers and for nothing."""
-    finite = truth[truth.isfinite()] if truth.is_floating_point() else truth[:0]
+    finite = truth[truth.isfinite()] if truth.is_floating_point() else truth.new_empty(0)
     return float(_rms(finite)) if finite.numel() else 0.0
 
 
