@@ -323,7 +323,8 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed" and x.ndim >= 3:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided" and x.ndim:
-        return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+        between = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+        return torch.stack((x, torch.full_like(x, between)), dim=-1)[..., 0]
     if layout not in ("contiguous", "transposed", "strided"):
         raise ValueError(f"layout is {layout!r}, choices: 'contiguous', 'transposed', 'strided'")
     return x
