@@ -72,11 +72,12 @@ class Op:
 
     function takes the tensors of the shape line and options by name, and backend=; reference and torch take the same
     without backend; triton is "module:function", imported on first use. supports(**arguments) gives the reason why the
-    kernel cannot run them, or None. flops(case) and traffic(case) count one forward pass: operations, and elements in
-    the dtype under test, read and written once; other_bytes(case) adds what has a dtype of its own. rivals maps a name
-    to a function with the same arguments, for `bench`. draw turns the normal values drawn for a tensor into its own;
-    what it returns in another dtype than float64 keeps that dtype. exact: every result equals that of the reference in
-    the same dtype bit for bit, as those of a quantiser do.
+    kernel cannot run them, or None; prefer_torch(**arguments) why torch is taken, unless asked otherwise, where both
+    can. flops(case) and traffic(case) count one forward pass: operations, and elements in the dtype under test, read
+    and written once; other_bytes(case) adds what has a dtype of its own. rivals maps a name to a function with the same
+    arguments, for `bench`. draw turns the normal values drawn for a tensor into its own; what it returns in another
+    dtype than float64 keeps that dtype. exact: every result equals that of the reference in the same dtype bit for bit,
+    as those of a quantiser do.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Op:
     traffic: Callable[[Case], float]
     triton: str | None = None
     supports: Callable[..., str | None] | None = None
+    prefer_torch: Callable[..., str | None] | None = None
     bench: tuple[Case, ...] = ()
     rivals: Mapping[str, str] = field(default_factory=dict)
     draw: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -130,6 +132,8 @@ class Op:
             reason = self.why_not_triton(arguments)
             if reason is None and INTERPRET and not _tensor_on("cuda", arguments):
                 reason = "the interpreter is only for backend='triton'"
+            if reason is None and self.prefer_torch:
+                reason = self.prefer_torch(**arguments)
             return Choice(self.name, "torch", reason) if reason else Choice(self.name, "triton", "CUDA tensors")
         if asked not in BACKENDS:
             raise ValueError(f"{self.name}: backend is {asked!r}, choices: {', '.join(map(repr, BACKENDS))}")
