@@ -8,6 +8,7 @@ same run. A row says everything needed to repeat it.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.metadata
@@ -95,6 +96,7 @@ def run(
     cannot compute the case or breaks on it is left out with the reason.
     """
     seconds = seconds or (0.5 if device.type == "cuda" else 1.0)
+    allocator = keep_freed_memory() if device.type == "cpu" else "torch"
     torch.compiler.reset()  # rivals that compile get each case anew: torch gives up on a function after a few shapes
     inputs = make_inputs(op, case, dtype, device)
     providers, skipped = line_up(op, case, inputs, rivals)
@@ -124,6 +126,7 @@ def run(
                     "peak_bytes": _peak_bytes(call, device),
                     **_rates(op, case, dtype, mode, times, ceilings(device, dtype)),
                     "judged": {"agrees": agrees[provider.name], "sizes": dict(check.sizes)},
+                    "allocator": allocator,
                     **here,
                 }
             )
@@ -189,6 +192,19 @@ def interleave(calls: Sequence[Callable[[], Any]], device: torch.device, seconds
             times[i].append(clocks[i]())
         rounds += 1
     return times
+
+
+@functools.cache
+def keep_freed_memory() -> str:
+    """Has the C library of this process keep freed memory, as CUDA's allocator of torch does; says what it does now.
+
+    glibc gives large blocks back to the system, which then fills each page with zeros when it is written again: from
+    about 10 MB a tensor on that takes longer than many an op, and falls upon whoever runs after a larger one.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    kept = set_option is not None and set_option(trim_threshold, 1 << 30) and set_option(mmap_threshold, 1 << 25)
+    return "glibc, keeps what is freed" if kept else "default"
 
 
 @functools.cache
