@@ -1,5 +1,17 @@
 """Fewer bits for weights, activations and optimizer moments."""
 
+from effkit.quant.four_bit import (
+    QUANT_TYPES,
+    NestedScales,
+    Quantized4bit,
+    code_table,
+    decode_4bit,
+    dequantize_nf4,
+    encode_4bit,
+    quantize_fp4,
+    quantize_int4,
+    quantize_nf4,
+)
 from effkit.quant.fp8 import (
     FORMATS,
     QuantizedFP8,
@@ -11,18 +23,44 @@ from effkit.quant.fp8 import (
     quantize_fp8,
     to_fp8_codes,
 )
+from effkit.quant.kbit import (
+    QuantizedKbit,
+    bits_per_parameter,
+    codebook,
+    decode_kbit,
+    dequantize_kbit,
+    encode_kbit,
+    quantize_kbit,
+)
 from effkit.quant.smooth_swiglu import merge_smooth_scales, smooth_swiglu
 
 __all__ = [
     "FORMATS",
+    "QUANT_TYPES",
+    "NestedScales",
+    "Quantized4bit",
     "QuantizedFP8",
+    "QuantizedKbit",
+    "bits_per_parameter",
+    "code_table",
+    "codebook",
+    "decode_4bit",
     "decode_fp8",
+    "decode_kbit",
     "dequantize_fp8",
+    "dequantize_kbit",
+    "dequantize_nf4",
+    "encode_4bit",
     "encode_fp8",
+    "encode_kbit",
     "fp8_scale",
     "from_fp8_codes",
     "merge_smooth_scales",
+    "quantize_fp4",
     "quantize_fp8",
+    "quantize_int4",
+    "quantize_kbit",
+    "quantize_nf4",
     "smooth_swiglu",
     "to_fp8_codes",
 ]
