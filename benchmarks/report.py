@@ -27,8 +27,8 @@ def load(folder: Path = RESULTS) -> dict[str, list[Row]]:
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         rows = bench.compared(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        keys = ("op", "case", "dtype", "mode", "provider")
-        newest = {tuple(row[key] for key in keys): row for row in sorted(rows, key=lambda row: row["timestamp"])}
+        keys = ("op", "case", "dtype", "mode", "provider", "among")
+        newest = {tuple(row.get(key) for key in keys): row for row in sorted(rows, key=lambda row: row["timestamp"])}
         found[path.stem] = list(newest.values())
     return found
 
@@ -50,7 +50,7 @@ def render_full(results: dict[str, list[Row]]) -> str:
     parts = []
     for name, rows in results.items():
         parts.append(f"## {_machine(rows[0])}\n\nRows: `benchmarks/results/{name}.jsonl`.")
-        for (op, mode, dtype), group in _by(rows, "op", "mode", "dtype"):
+        for (op, mode, dtype), group in _by([row for row in rows if "among" not in row], "op", "mode", "dtype"):
             parts.append(f"### {op}, {mode}, {dtype}\n\n{_ceilings(group[0])}\n\n{_full_table(group)}")
         if growth := _growth(rows):
             parts.append(f"### How time grows with T\n\n{growth}")
@@ -63,10 +63,10 @@ def _at_length(row: Row) -> bool:
 
 
 def _growth(rows: list[Row]) -> str:
-    """How time grows with T, for ops measured at several lengths (cases "T=..."), and where dense is overtaken."""
+    """How time grows with T, for ops measured at several lengths (cases "T=...") in turns; where dense is overtaken."""
     lines = []
     for (op, dtype), group in _by([row for row in rows if _at_length(row)], "op", "dtype"):
-        for (mode,), own in _by([row for row in group if row["to_effkit"] is None], "mode"):
+        for (mode,), own in _by([row for row in group if "among" in row], "mode"):
             times = {int(row["case"].removeprefix("T=")): row["median_ms"] for row in own}
             lengths = sorted(times)
             doubled = [f"{times[2 * T] / times[T]:.2f}x" for T in lengths if 2 * T in times]
@@ -181,7 +181,7 @@ def main() -> int:
             path.write_text(after, encoding="utf-8")
     if arguments.plots:
         for name, rows in load().items():
-            bench.plot(rows, ROOT / "docs" / f"benchmarks-{name}.png")
+            bench.plot([row for row in rows if "among" not in row], ROOT / "docs" / f"benchmarks-{name}.png")
     if arguments.check and stale:
         print("The tables are not those of the rows: run python benchmarks/report.py", file=sys.stderr)
     return int(arguments.check and stale)

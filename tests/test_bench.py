@@ -263,9 +263,25 @@ def test_growth_is_told_for_ops_measured_at_several_lengths(rows, tmp_path):
     ms = {"T=1024": (1.0, 0.5), "T=2048": (2.5, 2.0), "T=4096": (5.0, 9.0)}
     own = [{**rows[0], "case": case, "provider": "effkit torch", "median_ms": t} for case, (t, _) in ms.items()]
     dense = [{**row, "provider": report.DENSE, "median_ms": t} for row, (_, t) in zip(own, ms.values(), strict=True)]
-    (tmp_path / "machine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own + dense))
+    turns = [{**row, "among": "lengths", "median_ms": t} for row, t in zip(own, (1.0, 2.1, 4.2), strict=True)]
+    (tmp_path / "machine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own + dense + turns))
     text = report.render_full(report.load(tmp_path))
-    assert "| 1024 to 4096 | 2.50x, 2.00x | faster from T=4096 on, 1.80x at T=4096 |" in text
+    assert "| 1024 to 4096 | 2.10x, 2.00x | faster from T=4096 on, 1.80x at T=4096 |" in text
+
+
+def test_lengths_are_timed_in_turns():
+    op = load_ops()["ssd"]
+    short = [
+        dataclasses.replace(case, sizes={**case.sizes, "T": T}) for case, T in zip(op.bench, (8, 16), strict=False)
+    ]
+    rows = bench.run_lengths(op, short, device=CPU, dtype=torch.float32, seconds=0.01)
+    assert [row["case"] for row in rows] == ["T=1024", "T=2048"] * 2
+    assert {row["mode"] for row in rows} == set(bench.MODES)
+    assert all(
+        row["provider"] == "effkit torch" and row["among"] == "lengths" and row["judged"]["agrees"] for row in rows
+    )
+    assert bench.at_lengths(op, op.bench[:3]) == list(op.bench[:3])
+    assert not bench.at_lengths(op, op.bench[:1]) and not bench.at_lengths(load_ops()["dynamic_tanh"], op.bench)
 
 
 def test_a_page_without_markers_is_an_error():

@@ -113,24 +113,51 @@ def run(
                 raise
             providers.remove(provider)
             skipped[provider.name] = f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    rows, here = [], environment(device)
+    rows, here = [], {"allocator": allocator, **environment(device)}
     for mode in modes(op, case):
         tell(f"{op.name} {case.name}: timing {mode}")
         calls = [_call(op, provider, case, inputs, mode) for provider in providers]
         for provider, call, times in zip(providers, calls, interleave(calls, device, seconds), strict=True):
-            rows.append(
-                {
-                    **_about(op, case, dtype, mode),
-                    "provider": provider.name,
-                    **_times(times),
-                    "peak_bytes": _peak_bytes(call, device),
-                    **_rates(op, case, dtype, mode, times, ceilings(device, dtype)),
-                    "judged": {"agrees": agrees[provider.name], "sizes": dict(check.sizes)},
-                    "allocator": allocator,
-                    **here,
-                }
-            )
+            judged = {"agrees": agrees[provider.name], "sizes": dict(check.sizes)}
+            measured = _measured(op, case, dtype, mode, call, times, device)
+            rows.append({**measured, "provider": provider.name, "judged": judged, **here})
     return Report(rows, skipped)
+
+
+def run_lengths(
+    op: Op,
+    cases: Sequence[Case],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float | None = None,
+    tell: Callable[[str], None] = lambda what: None,
+) -> list[Row]:
+    """Times the path that effkit takes by itself on several lengths in turns, as `run` times one length on several
+    paths: what a machine does in the meantime falls upon all of them, and how time grows can be read.
+
+    Rows have "among": "lengths". Raises NotVerified as `run` does.
+    """
+    seconds = seconds or (0.5 if device.type == "cuda" else 1.0)
+    allocator = keep_freed_memory() if device.type == "cpu" else "torch"
+    inputs = {case.name: make_inputs(op, case, dtype, device) for case in cases}
+    own = line_up(op, cases[-1], inputs[cases[-1].name], ())[0][-1]
+    check = shortened(op, cases[-1], 2048 if device.type == "cuda" else 512)
+    judged = {"agrees": _judge(op, check, own, dtype, device), "sizes": dict(check.sizes)}
+    rows, here = [], {"among": "lengths", "allocator": allocator, **environment(device)}
+    for mode in modes(op, cases[-1]):
+        tell(f"{op.name}: timing {mode} at {len(cases)} lengths in turns")
+        calls = [_call(op, own, case, inputs[case.name], mode) for case in cases]
+        for case, call, times in zip(cases, calls, interleave(calls, device, seconds), strict=True):
+            measured = _measured(op, case, dtype, mode, call, times, device)
+            rows.append({**measured, "provider": own.name, "judged": judged, **here})
+    return rows
+
+
+def at_lengths(op: Op, cases: Iterable[Case]) -> list[Case]:
+    """Those of an op's benchmark cases that differ in their length T alone, where there are several."""
+    found = [case for case in cases if case in op.bench and case.name.startswith("T=")]
+    return found if len(found) > 1 else []
 
 
 def modes(op: Op, case: Case) -> tuple[str, ...]:
@@ -278,7 +305,7 @@ def compared(rows: Iterable[Row]) -> list[Row]:
     """
     measurements: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("device", "timestamp", "op", "case", "dtype", "mode"))
+        key = tuple(row.get(name, "") for name in ("device", "timestamp", "op", "case", "dtype", "mode", "among"))
         measurements.setdefault(key, {})[row["provider"]] = row
     found = []
     for measured in measurements.values():
@@ -425,6 +452,17 @@ def _about(op: Op, case: Case, dtype: torch.dtype, mode: str) -> Row:
         "options": {name: str(x) if isinstance(x, torch.dtype) else x for name, x in case.options.items()},
         "dtype": str(dtype).removeprefix("torch."),
         "mode": mode,
+    }
+
+
+def _measured(
+    op: Op, case: Case, dtype: torch.dtype, mode: str, call: Callable[[], Any], times: list[float], device: torch.device
+) -> Row:
+    return {
+        **_about(op, case, dtype, mode),
+        **_times(times),
+        "peak_bytes": _peak_bytes(call, device),
+        **_rates(op, case, dtype, mode, times, ceilings(device, dtype)),
     }
 
 

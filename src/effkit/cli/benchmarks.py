@@ -60,10 +60,19 @@ def bench(
             if save:
                 timing.append(report.rows)
             bar.update(task, advance=1, refresh=True)
+        for op in dict.fromkeys(op for op, _ in work):
+            if lengths := timing.at_lengths(op, [case for other, case in work if other is op]):
+                tell = lambda what: bar.update(task, description=what, refresh=True)  # noqa: E731
+                grown = timing.run_lengths(
+                    op, lengths, device=where, dtype=kind, seconds=0.1 if quick else None, tell=tell
+                )
+                rows += grown
+                if save:
+                    timing.append(grown)
     write_json(json, {**timing.environment(where), "rows": rows, "skipped": skipped})
     rows = timing.compared(rows)
     if plot is not None:
-        timing.plot(rows, plot)
+        timing.plot([row for row in rows if "among" not in row], plot)
     out = console(json)
     for _, group in itertools.groupby(sorted(rows, key=_panel), key=_panel):
         out.print(_table(list(group)))
@@ -85,12 +94,13 @@ def _work(ops: list[Op], cases: list[str], rivals: list[str], device: torch.devi
 
 
 def _panel(row: Row) -> tuple[str, ...]:
-    return row["op"], row["mode"]
+    return row["op"], row["mode"], row.get("among", "")
 
 
 def _table(rows: list[Row]) -> Any:
     first = rows[0]
-    title = f"{first['op']}, {first['mode']}, {first['dtype']}, {first['device']}, {first['threads']} threads"
+    turns = ", lengths in turns" if first.get("among") else ""
+    title = f"{first['op']}, {first['mode']}, {first['dtype']}{turns}, {first['device']}, {first['threads']} threads"
     numbers = ("ms", "p20 - p80", "to effkit", "GB/s", "TFLOP/s", "ceiling")
     made = table(title, "case", "who", *numbers, right=numbers)
     for _, group in itertools.groupby(rows, key=lambda row: row["case"]):
