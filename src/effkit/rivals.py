@@ -272,6 +272,33 @@ def _compiled_smooth_swiglu() -> Callable[..., Any]:
     return torch.compile(_smooth_swiglu, dynamic=False)
 
 
+@rival(lambda **_: None)
+def adamw_eager(param: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
+    """torch.optim.AdamW on moments in float32, operation by operation."""
+    return _adamw(param, grad, fused=False, **arguments)
+
+
+@rival(lambda **_: None)
+def adamw_fused(param: Tensor, grad: Tensor, **arguments: Any) -> Tensor:
+    """torch.optim.AdamW on moments in float32, in torch's own kernel."""
+    return _adamw(param, grad, fused=True, **arguments)
+
+
+def _adamw(param: Tensor, grad: Tensor, *, fused: bool, step: int, **_: Any) -> Tensor:
+    optimizer = _adamw_of(param.shape, param.dtype, param.device, fused)
+    (own,) = optimizer.param_groups[0]["params"]
+    own.grad = grad
+    optimizer.step()
+    return own.detach()
+
+
+@functools.lru_cache(maxsize=2)
+def _adamw_of(shape: torch.Size, dtype: torch.dtype, device: torch.device, fused: bool) -> torch.optim.AdamW:
+    """An optimizer of one parameter, kept with its state: filling that is not timed."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    return torch.optim.AdamW([parameter], fused=fused, foreach=False)
+
+
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention

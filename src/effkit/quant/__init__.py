@@ -23,6 +23,10 @@ from effkit.quant.fp8 import (
     quantize_fp8,
     to_fp8_codes,
 )
+from effkit.quant.fp8_adamw import AdamWFP8, adamw_fp8_step
+from effkit.quant.fp8_linear import FP8Linear, linear_fp8
+from effkit.quant.fp8_matmul import matmul_fp8
+from effkit.quant.fp8_training import RECIPES, DelayedScaling, FP8Recipe, synchronize_amax, update_fp8_scales
 from effkit.quant.kbit import (
     QuantizedKbit,
     bits_per_parameter,
@@ -37,10 +41,16 @@ from effkit.quant.smooth_swiglu import merge_smooth_scales, smooth_swiglu
 __all__ = [
     "FORMATS",
     "QUANT_TYPES",
+    "RECIPES",
+    "AdamWFP8",
+    "DelayedScaling",
+    "FP8Linear",
+    "FP8Recipe",
     "NestedScales",
     "Quantized4bit",
     "QuantizedFP8",
     "QuantizedKbit",
+    "adamw_fp8_step",
     "bits_per_parameter",
     "code_table",
     "codebook",
@@ -55,6 +65,8 @@ __all__ = [
     "encode_kbit",
     "fp8_scale",
     "from_fp8_codes",
+    "linear_fp8",
+    "matmul_fp8",
     "merge_smooth_scales",
     "quantize_fp4",
     "quantize_fp8",
@@ -62,5 +74,7 @@ __all__ = [
     "quantize_kbit",
     "quantize_nf4",
     "smooth_swiglu",
+    "synchronize_amax",
     "to_fp8_codes",
+    "update_fp8_scales",
 ]

@@ -1,7 +1,7 @@
 """Smooth-SwiGLU: each channel of SwiGLU is brought to the same size by a power of two before it becomes FP8.
 
     h = silu(gate) * up,    s_c = 2 ** -ceil(log2 max_n |h[n, c]|),    y = Q(s * h) @ Q(W_down / s)^T
-                               Fishman et al., arXiv 2409.12517, section 4.2: without Q this is W_down h, whatever s is
+                               Fishman et al., arXiv 2409.12517: without Q this is W_down h, whatever s is
 
 Why: late in training the gate and up weights of a channel align, and its h grows with the square of its input. One such
 channel sets the scale of the whole tensor, and the others fall into FP8's subnormals or to zero. With s every channel
