@@ -449,8 +449,10 @@ def _checked_block(op: str, block: tuple[int, int] | None) -> tuple[int, int]:
     return rows_columns
 
 
-def _supports(granularity: str, block: tuple[int, int] | None, **arguments: Any) -> str | None:
+def _supports(block: tuple[int, int] | None, **arguments: Any) -> str | None:
     """Why the kernel cannot run, or None."""
+    if block is not None and math.prod(1 << (size - 1).bit_length() for size in block) > _MOST:
+        return f"a block of {list(block)} is more than the {_MOST} elements that a program holds"
     return None
 
 
@@ -476,6 +478,7 @@ def _case(name: str, shape: tuple[int, ...], given: bool = False, **fields: Any)
 
 
 _BLOCK = (128, 128)
+_MOST = 16384  # elements of a block in a kernel, its sides rounded up to powers of two
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WEIGHT: dict[str, Any] = {"granularity": "block"}
 _ACTIVATIONS: dict[str, Any] = {"granularity": "block", "block": (1, 128)}
@@ -507,6 +510,8 @@ ENCODE_FP8 = register(
         function=encode_fp8,
         reference=encode_fp8_reference,
         torch=encode_fp8_torch,
+        triton="effkit.kernels.fp8:encode_fp8",
+        supports=_supports,
         exact=True,
         cases=(
             *_SHAPES,
@@ -544,6 +549,8 @@ DECODE_FP8 = register(
         function=decode_fp8,
         reference=decode_fp8_reference,
         torch=decode_fp8_torch,
+        triton="effkit.kernels.fp8:decode_fp8",
+        supports=_supports,
         exact=True,
         cases=(
             *_SHAPES,
