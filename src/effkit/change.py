@@ -56,6 +56,7 @@ class ChangeConfig:
 class Edit:
     """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason).
 
+    With a reason and undo, `apply` calls undo only if a later config fails, and lets go of it and the original at its end.
     undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
     undoes itself.
     """
@@ -172,6 +173,9 @@ def apply(model: nn.Module, *configs: ChangeConfig, data: Iterable[Any] | None =
             if change.edit.undo is not None:
                 change.undo()
         raise
+    for change in done:
+        if change.edit.irreversible:
+            change.edit.undo = None
     model.__dict__.setdefault("_effkit_original", original)
     return done[0] if len(done) == 1 else Changes(done)
 
@@ -194,6 +198,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    record = {**record, "dtype": str(model.dtype).removeprefix("torch.")}
     manifest = {"version": 1, "model": record, "changes": [change.config.to_dict() for change in _changes(model)]}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -260,6 +265,11 @@ class PutBack:
 def _apply_one(model: nn.Module, config: ChangeConfig, handler: str, data: Iterable[Any] | None) -> Change:
     before = Size.of(model)
     edit: Edit = resolve(handler)(model, config, data)
+    return remember(model, config, edit, before)
+
+
+def remember(model: nn.Module, config: ChangeConfig, edit: Edit, before: Size) -> Change:
+    """Enters an edit into the model's list of changes; `apply` does, and what edits a model while it is loaded."""
     change = Change(model, config, edit, before, Size.of(model))
     _changes(model).append(change)
     return change
@@ -275,10 +285,12 @@ def _model_record(model: nn.Module) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "to_json_string"):
         return None
     # to_diff_dict would drop what equals today's defaults; the full form survives another transformers version.
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("quantization_config", None)  # a change tells of it
     return {
         "class": f"{type(model).__module__}:{type(model).__qualname__}",
         "config_class": f"{type(config).__module__}:{type(config).__qualname__}",
-        "config": json.loads(config.to_json_string(use_diff=False)),
+        "config": values,
     }
 
 
@@ -288,4 +300,5 @@ def _build(record: dict[str, Any]) -> nn.Module:
         if not record[key].startswith("transformers."):
             raise ValueError(f"{_MANIFEST}: {key} is {record[key]!r}, only classes of transformers are rebuilt")
     config = resolve(record["config_class"]).from_dict(record["config"])
-    return resolve(record["class"])(config)
+    model = resolve(record["class"])(config)
+    return model.to(getattr(torch, record["dtype"])) if "dtype" in record else model

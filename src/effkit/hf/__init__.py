@@ -1,9 +1,11 @@
-"""What knows transformers. Importing it registers exact attention under the name "effkit".
+"""What knows transformers. Importing it registers exact attention under the name "effkit", and the quantisers.
 
-model.set_attn_implementation("effkit"), or from_pretrained(path, attn_implementation="effkit").
+model.set_attn_implementation("effkit"), or from_pretrained(path, attn_implementation="effkit");
+from_pretrained(path, quantization_config=effkit.hf.NF4QuantizationConfig()).
 """
 
 from effkit.hf.attention import attention_forward
 from effkit.hf.mask import MaskSpec, make_mask
+from effkit.hf.quantizers import NF4QuantizationConfig
 
-__all__ = ["MaskSpec", "attention_forward", "make_mask"]
+__all__ = ["MaskSpec", "NF4QuantizationConfig", "attention_forward", "make_mask"]

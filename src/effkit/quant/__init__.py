@@ -1,5 +1,6 @@
 """Fewer bits for weights, activations and optimizer moments."""
 
+from effkit.quant.config import DequantizeConfig, NF4Config, quantization_report
 from effkit.quant.four_bit import (
     QUANT_TYPES,
     NestedScales,
@@ -36,7 +37,8 @@ from effkit.quant.kbit import (
     encode_kbit,
     quantize_kbit,
 )
-from effkit.quant.smooth_swiglu import merge_smooth_scales, smooth_swiglu
+from effkit.quant.nf4_linear import NF4Linear, linear_4bit
+from effkit.quant.smooth_swiglu import encode_smooth_fp8, merge_smooth_scales, smooth_swiglu
 
 __all__ = [
     "FORMATS",
@@ -44,8 +46,11 @@ __all__ = [
     "RECIPES",
     "AdamWFP8",
     "DelayedScaling",
+    "DequantizeConfig",
     "FP8Linear",
     "FP8Recipe",
+    "NF4Config",
+    "NF4Linear",
     "NestedScales",
     "Quantized4bit",
     "QuantizedFP8",
@@ -63,11 +68,14 @@ __all__ = [
     "encode_4bit",
     "encode_fp8",
     "encode_kbit",
+    "encode_smooth_fp8",
     "fp8_scale",
     "from_fp8_codes",
+    "linear_4bit",
     "linear_fp8",
     "matmul_fp8",
     "merge_smooth_scales",
+    "quantization_report",
     "quantize_fp4",
     "quantize_fp8",
     "quantize_int4",
