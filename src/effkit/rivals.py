@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from effkit.attention.linear import FEATURE_MAPS
 from effkit.ops import resolve
+from effkit.quant.four_bit import decode_4bit, decode_scales
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,60 @@ def _compiled_dyt() -> Callable[..., Any]:
 
 
 @rival(lambda **_: None)
+def fp8_encode_eager(x: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+    """Division by the largest magnitude and torch's cast, operation by operation."""
+    return _fp8_encode(x, **how)
+
+
+@rival(_cannot_compile)
+def fp8_encode_compiled(x: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+    """The same through torch.compile, for the shape."""
+    return _compiled_fp8_encode()(x, **how)
+
+
+def _fp8_encode(
+    x: Tensor, granularity: str = "tensor", format: str = "e4m3", block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float8_e4m3fn if format == "e4m3" else torch.float8_e5m2
+    height, width = x.shape[-2:]
+    rows, columns = {"tensor": (height, width), "row": (1, width), "block": block}[granularity]
+    tiles = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    scale = tiles.abs().amax((-1, -3), keepdim=True).float() / torch.finfo(dtype).max
+    codes = (tiles / scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    shape = () if granularity == "tensor" else scale.squeeze(-1).squeeze(-2).shape
+    return codes.view(torch.uint8).reshape(x.shape), scale.reshape(shape)
+
+
+@functools.cache
+def _compiled_fp8_encode() -> Callable[..., Any]:
+    return torch.compile(_fp8_encode, dynamic=False)
+
+
+@rival(lambda **_: None)
+def fp8_decode_eager(codes: Tensor, scale: Tensor, **how: Any) -> Tensor:
+    """torch's cast and a product, operation by operation."""
+    return _fp8_decode(codes, scale, **how)
+
+
+@rival(lambda codes, **_: _cannot_compile(codes))
+def fp8_decode_compiled(codes: Tensor, scale: Tensor, **how: Any) -> Tensor:
+    """The same through torch.compile, for the shape."""
+    return _compiled_fp8_decode()(codes, scale, **how)
+
+
+def _fp8_decode(
+    codes: Tensor, scale: Tensor, granularity: str, dtype: torch.dtype, block: tuple[int, int] = (128, 128)
+) -> Tensor:
+    tiles = codes.view(torch.float8_e4m3fn).unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    return (tiles.float() * scale[..., :, None, :, None]).to(dtype).reshape(codes.shape)
+
+
+@functools.cache
+def _compiled_fp8_decode() -> Callable[..., Any]:
+    return torch.compile(_fp8_decode, dynamic=False)
+
+
+@rival(lambda **_: None)
 def smooth_swiglu_eager(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """SwiGLU and the scales of its channels, operation by operation."""
     return _smooth_swiglu(gate, up)
@@ -265,6 +320,28 @@ def _smooth_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     h = F.silu(gate) * up
     amax = h.detach().abs().flatten(0, -2).amax(0).float()
     return h, torch.where(amax > 0, torch.exp2(-torch.ceil(torch.log2(amax))), 1.0)
+
+
+@rival(lambda **_: None)
+def encode_smooth_fp8_eager(h: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaling, clamping and torch's own cast, operation by operation."""
+    return _encode_smooth_fp8(h, channel_scale)
+
+
+@rival(lambda h, channel_scale: _cannot_compile(h))
+def encode_smooth_fp8_compiled(h: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same through torch.compile, for the shape."""
+    return _compiled_encode_smooth_fp8()(h, channel_scale)
+
+
+def _encode_smooth_fp8(h: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    codes = (h.float() * (channel_scale * 256)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes, torch.full((), 1 / 256, device=h.device)
+
+
+@functools.cache
+def _compiled_encode_smooth_fp8() -> Callable[..., Any]:
+    return torch.compile(_encode_smooth_fp8, dynamic=False)
 
 
 @functools.cache
@@ -311,6 +388,91 @@ def _levels(t: int, device: torch.device) -> Tensor:
     """[T, T] the bit length of t XOR s, 0 where it is not looked at."""
     index = torch.arange(t, device=device)
     return torch.frexp((index[:, None] ^ index).float()).exponent.long().tril()
+
+
+def _no_bitsandbytes(weight: Tensor, *, quant_type: str = "nf4", **arguments: Any) -> str | None:
+    """Reason against bitsandbytes' 4-bit product, whose scales are those of effkit where they are not quantised."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if quant_type == "int4" or arguments.get("nested_absmax") is not None:
+        return "int4 has no counterpart there, nested scales have other codes"
+    return None
+
+
+@rival(_no_bitsandbytes)
+def bitsandbytes_linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    quant_type: str = "nf4",
+) -> Tensor:
+    """bitsandbytes' Linear4bit; without gradients on a CPU that has the instructions, its repacked bfloat16 kernel."""
+    import bitsandbytes
+
+    packed, state = _bitsandbytes_weight(weight, absmax, block_size, quant_type, x.dtype, x.requires_grad)
+    return bitsandbytes.matmul_4bit(x, packed, state, bias=bias)
+
+
+@rival(lambda **_: None)
+def dense_linear_of_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    quant_type: str = "nf4",
+) -> Tensor:
+    """A dense layer with the dequantised weight: three to eight times the bytes, nothing to decode."""
+    return F.linear(
+        x, _dense_of_4bit(weight, absmax, nested_absmax, nested_offset, block_size, quant_type, x.dtype), bias
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _bitsandbytes_weight(
+    weight: Tensor, absmax: Tensor, block_size: int, quant_type: str, dtype: torch.dtype, with_gradient: bool
+) -> tuple[Tensor, Any]:
+    """The weight and quantisation state that a layer of bitsandbytes would hold in this pass."""
+    from bitsandbytes import functional as bnb
+
+    shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
+    state = bnb.QuantState(
+        absmax=absmax.flatten(),
+        shape=shape,
+        code=bnb.get_4bit_type(quant_type, device=weight.device),
+        blocksize=block_size,
+        quant_type=quant_type,
+        dtype=dtype,
+    )
+    if not weight.is_cuda and not with_gradient and bnb.has_avx512bf16():
+        return bnb._convert_weight_packed_for_cpu(weight, state)
+    return weight.reshape(-1, 1), state
+
+
+@functools.lru_cache(maxsize=1)
+def _dense_of_4bit(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dequantised weight [M, K]."""
+    scales = absmax.flatten()
+    if nested_absmax is not None and nested_offset is not None:
+        scales = decode_scales(scales, nested_absmax, nested_offset)
+    shape = (weight.shape[0], 2 * weight.shape[1])
+    return decode_4bit(
+        weight.flatten(), scales, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
+    )
 
 
 @functools.lru_cache(maxsize=1)
