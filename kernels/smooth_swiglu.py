@@ -12,19 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from effkit.kernels._common import INTERPRET, LOG2E, AotSpec, architecture, cast, multiprocessors
-from effkit.quant.smooth_swiglu import batched, swiglu_gradients
+from effkit.kernels._fp8 import magnitude, to_fp8
+from effkit.quant.fp8 import FORMATS
+from effkit.quant.smooth_swiglu import PEAK, batched, swiglu_gradients
 
 
 @triton.jit
 def _sigmoid(x):
     e = tl.exp2(tl.abs(x) * -LOG2E)  # at most 1
     return tl.where(x < 0, e, 1.0) / (1 + e)
-
-
-@triton.jit
-def _magnitude(x):
-    """Bits of |x| in float32: as integers they are ordered like the numbers, with NaN above infinity."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 # One program owns a stripe of rows x BLOCK_C channels. It reads gate and up once, writes h, and keeps the largest |h|
@@ -46,7 +42,7 @@ def _smooth_swiglu_fwd(
         up = tl.load(up_ptr + rows[:, None] * stride_up + channels[None, :], mask=ok, other=0.0).to(tl.float32)
         h = cast(gate * _sigmoid(gate) * up, h_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_C]
         tl.store(h_ptr + rows[:, None] * C + channels[None, :], h, mask=ok)
-        largest = tl.maximum(largest, _magnitude(h))
+        largest = tl.maximum(largest, magnitude(h.to(tl.float32)))
     tl.store(partials_ptr + own * C + channels, tl.max(largest, 0), mask=channels < C)
 
 
@@ -82,6 +78,22 @@ def _smooth_swiglu_bwd(
     at = rows[:, None] * C + channels[None, :]
     tl.store(dgate_ptr + at, cast(dgate, dgate_ptr.dtype.element_ty), mask=ok)
     tl.store(dup_ptr + at, cast(dh * (gate * sigmoid), dup_ptr.dtype.element_ty), mask=ok)
+
+
+# One program owns BLOCK_N rows x BLOCK_C channels: it reads h and the scales of its channels and writes codes.
+@triton.jit(do_not_specialize=["N"])
+def _encode_smooth_fp8(
+    h_ptr, scale_ptr, codes_ptr, stride_h, N, C, peak,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MANTISSA: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(C, BLOCK_C)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.program_id(0) % n_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = (rows < N)[:, None] & (channels < C)[None, :]
+    scale = tl.load(scale_ptr + channels, mask=channels < C, other=1.0)
+    h = tl.load(h_ptr + rows[:, None] * stride_h + channels[None, :], mask=ok, other=0.0).to(tl.float32)
+    codes = to_fp8(h * scale[None, :] * peak, MANTISSA)  # [BLOCK_N, BLOCK_C]
+    tl.store(codes_ptr + rows[:, None] * C + channels[None, :], codes, mask=ok)
 
 
 class Tile(NamedTuple):
@@ -149,6 +161,25 @@ def _backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return dgate, dup
 
 
+def _encode(h: Tensor, channel_scale: Tensor, format: str) -> Tensor:
+    codes = _fake_encode(h, channel_scale, format)
+    if codes.numel():
+        h = _rows(h)
+        N, C = h.shape
+        tile = _tile(h)
+        grid = (triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(C, tile.BLOCK_C),)
+        with torch.cuda.device_of(h):
+            _encode_smooth_fp8[grid](
+                h, channel_scale.contiguous(), codes, h.stride(0), N, C, PEAK[format],
+                MANTISSA=FORMATS[format].mantissa, **tile._asdict(),
+            )  # fmt: skip
+    return codes
+
+
+def _fake_encode(h: Tensor, channel_scale: Tensor, format: str) -> Tensor:
+    return h.new_empty(h.shape, dtype=torch.uint8)
+
+
 def _fake_forward(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape[-1], dtype=torch.float32)
 
@@ -160,9 +191,11 @@ def _fake_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 _library = torch.library.Library("effkit", "FRAGMENT")
 _library.define("smooth_swiglu_forward(Tensor gate, Tensor up) -> (Tensor, Tensor)")
 _library.define("smooth_swiglu_backward(Tensor dh, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+_library.define("encode_smooth_fp8(Tensor h, Tensor channel_scale, str format) -> Tensor")
 for _name, _run, _fake in (
     ("smooth_swiglu_forward", _forward, _fake_forward),
     ("smooth_swiglu_backward", _backward, _fake_backward),
+    ("encode_smooth_fp8", _encode, _fake_encode),
 ):
     # The interpreter works on tensors in main memory; without it they have no kernel, and the dispatcher says so.
     _library.impl(_name, _run, "CPU" if INTERPRET else "CUDA")
@@ -195,22 +228,29 @@ def smooth_swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return _SmoothSwiGLU.apply(gate, up)
 
 
+def encode_smooth_fp8(h: Tensor, channel_scale: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
+    """The kernel behind effkit.quant.encode_smooth_fp8, which documents and has checked the arguments."""
+    codes = torch.ops.effkit.encode_smooth_fp8(h, channel_scale, format)
+    return codes, torch.full((), 1 / PEAK[format], device=h.device)
+
+
 def aot_specs() -> list[AotSpec]:
-    """All kernels, for wide and narrow rows and both widths of elements."""
+    """All kernels, for wide and narrow rows, both widths of elements and both formats."""
     variants = [(512, "bf16"), (512, "fp32"), (64, "bf16")]
-    kernels = (_smooth_swiglu_fwd, _smooth_swiglu_bwd)
-    specs = [
-        _spec(kernel, arch, width, dtype) for arch in (80, 90, 100) for width, dtype in variants for kernel in kernels
-    ]
-    types = {"partials_ptr": "*i32", "scale_ptr": "*fp32", "n_stripes": "i32", "C": "i32"}
-    return specs + [
-        AotSpec("smooth_scale", _smooth_scale, types, {"BLOCK_C": _FOLD}, 4, 1, arch) for arch in (80, 90, 100)
-    ]
+    specs = []
+    for arch in (80, 90, 100):
+        for width, dtype in variants:
+            specs += [_spec(kernel, arch, width, dtype) for kernel in (_smooth_swiglu_fwd, _smooth_swiglu_bwd)]
+            specs += [_spec(_encode_smooth_fp8, arch, width, dtype, MANTISSA=mantissa) for mantissa in (3, 2)]
+        types = {"partials_ptr": "*i32", "scale_ptr": "*fp32", "n_stripes": "i32", "C": "i32"}
+        specs.append(AotSpec("smooth_scale", _smooth_scale, types, {"BLOCK_C": _FOLD}, 4, 1, arch))
+    return specs
 
 
-def _spec(kernel: Any, arch: int, width: int, dtype: str) -> AotSpec:
+def _spec(kernel: Any, arch: int, width: int, dtype: str, **constants: int) -> AotSpec:
     tile = _TILES[arch, width, {"bf16": 2, "fp32": 4}[dtype]]
     types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    constants = {"BLOCK_N": tile.BLOCK_N, "BLOCK_C": tile.BLOCK_C}
-    name = f"{kernel.__name__[1:]} C={width} {dtype}"
-    return AotSpec(name, kernel, types | {"partials_ptr": "*i32"}, constants, tile.num_warps, 1, arch)
+    types |= {"partials_ptr": "*i32", "scale_ptr": "*fp32", "codes_ptr": "*u8", "peak": "fp32"}
+    name = " ".join([kernel.__name__[1:], f"C={width}", dtype, *map(str, constants.values())])
+    constants |= {"BLOCK_N": tile.BLOCK_N, "BLOCK_C": tile.BLOCK_C}
+    return AotSpec(name, kernel, types, constants, tile.num_warps, 1, arch)

@@ -381,7 +381,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], block_size: int) -> None:
 def _piece(param: Tensor, block_size: int) -> tuple[int, int, int, int, int]:
     """Elements of param, m, m_scale, v and v_scale to update at a time: on a CPU what fits its cache."""
     whole = max(1, -(-param.numel() // block_size))
-    blocks = max(1, _PIECE * torch.get_num_threads() // block_size) if param.device.type == "cpu" else whole
+    in_pieces = param.device.type == "cpu" and not torch.compiler.is_compiling()
+    blocks = max(1, _PIECE * torch.get_num_threads() // block_size) if in_pieces else whole
     return blocks * block_size, blocks * block_size, blocks, blocks * block_size, blocks
 
 

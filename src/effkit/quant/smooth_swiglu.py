@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effkit.ops import Case, Op, register
+from effkit.quant.fp8 import FORMATS, encode_fp8_reference, to_fp8_codes
 
 
 def smooth_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,6 +79,50 @@ def smooth_swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> tu
                 f"smooth_swiglu: up has {what} {getattr(up, what)}, expected {getattr(gate, what)} as gate"
             )
     return SMOOTH_SWIGLU.run(backend, gate=gate, up=up)
+
+
+def encode_smooth_fp8_reference(h: Tensor, channel_scale: Tensor, *, format: str = "e4m3") -> tuple[Tensor, Tensor]:
+    """The equation: h is brought to a peak of 1, then to that of the format."""
+    return encode_fp8_reference(
+        h.float() * channel_scale, torch.tensor(1 / PEAK[format], device=h.device), format=format
+    )
+
+
+def encode_smooth_fp8_torch(h: Tensor, channel_scale: Tensor, *, format: str = "e4m3") -> tuple[Tensor, Tensor]:
+    """A few rows at a time."""
+    codes = h.new_empty(h.shape, dtype=torch.uint8)
+    for rows, out in zip(_chunks(h), _chunks(codes), strict=True):
+        out.copy_(to_fp8_codes(rows.float() * channel_scale * PEAK[format], format))
+    return codes, torch.full((), 1 / PEAK[format], device=h.device)
+
+
+def encode_smooth_fp8(
+    h: Tensor, channel_scale: Tensor, *, format: str = "e4m3", backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """FP8 codes of channels that were brought to the same size: what the down projection takes.
+
+        codes = round_fp8(clamp(s_c h / scale)),    scale = 2^-8 for e4m3, 2^-15 for e5m2        arXiv 2409.12517
+
+    h [*N, C]           float16, bfloat16 or float32, any strides
+    channel_scale [C]   float32: powers of two, those of `smooth_swiglu` or fixed ones
+    format              "e4m3" or "e5m2"
+    backend             "reference", "torch", "triton" or None for the fastest that can
+
+    Returns codes uint8 [*N, C] and scale float32 []: h ~ codes scale / channel_scale. With the scales of h itself every
+    channel peaks in (1/2, 1], so that scale is a constant, and no maximum is looked for again. It is a power of two:
+    nothing is rounded but the codes. Above that, h saturates at 1.75 times the peak; NaN becomes 0x7F. No gradient.
+    Raises ValueError or TypeError for arguments that do not fit, BackendUnavailable for a backend that cannot run.
+    """
+    ENCODE_SMOOTH_FP8.check(h=h, channel_scale=channel_scale)
+    if h.dtype not in _DTYPES[:3]:
+        raise TypeError(f"encode_smooth_fp8: h has dtype {h.dtype}, choices: {', '.join(map(str, _DTYPES[:3]))}")
+    if channel_scale.dtype != torch.float32:
+        raise TypeError(f"encode_smooth_fp8: channel_scale has dtype {channel_scale.dtype}, expected torch.float32")
+    if channel_scale.device != h.device:
+        raise ValueError(f"encode_smooth_fp8: channel_scale is on {channel_scale.device}, expected {h.device} as h")
+    if format not in FORMATS:
+        raise ValueError(f"encode_smooth_fp8: format is {format!r}, choices: {', '.join(map(repr, FORMATS))}")
+    return ENCODE_SMOOTH_FP8.run(backend, h=h.detach(), channel_scale=channel_scale.detach(), format=format)
 
 
 def merge_smooth_scales(up_weight: Tensor, down_weight: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,12 +203,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """x [*N, C] as pieces [rows, C]: on a CPU of a size for its cache, elsewhere in one piece; none without rows."""
+    """x [*N, C] as pieces [rows, C]: on a CPU of a size for its cache, else in one piece; none without elements."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if not rows.numel():
         return ()
-    size = max(1, _CHUNK * torch.get_num_threads() // x.shape[-1]) if x.device.type == "cpu" else len(rows)
-    return rows.split(size)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return (rows,)
+    return rows.split(max(1, _CHUNK * torch.get_num_threads() // x.shape[-1]))
 
 
 _CHUNK = 1 << 16  # elements a thread: five pieces of a quarter megabyte in float32
@@ -178,6 +224,7 @@ def _elements(case: Case) -> int:
     return math.prod(sizes["*N"]) * sizes["C"]
 
 
+PEAK = {"e4m3": 2.0**8, "e5m2": 2.0**15}  # the largest power of two that the format holds
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CASES = (
     Case("one", {"*N": (1,), "C": 1}),
@@ -226,6 +273,46 @@ SMOOTH_SWIGLU = register(
         rivals={
             "eager": "effkit.rivals:smooth_swiglu_eager",
             "compiled": "effkit.rivals:smooth_swiglu_compiled",
+        },
+    )
+)
+
+ENCODE_SMOOTH_FP8 = register(
+    Op(
+        name="encode_smooth_fp8",
+        area="quant",
+        summary="FP8 codes of a tensor whose channels a power of two each has brought to the same size",
+        paper="https://arxiv.org/abs/2409.12517",
+        shapes="h [*N, C], channel_scale [C] -> codes [*N, C], scale []",
+        function=encode_smooth_fp8,
+        reference=encode_smooth_fp8_reference,
+        torch=encode_smooth_fp8_torch,
+        triton="effkit.kernels.smooth_swiglu:encode_smooth_fp8",
+        exact=True,
+        cases=(
+            Case("one", {"*N": (1,), "C": 1}),
+            Case("no rows", {"*N": (0,), "C": 8}),
+            Case("no channels", {"*N": (3,), "C": 0}),
+            Case("one row, no axis", {"*N": (), "C": 17}),
+            Case("primes", {"*N": (37,), "C": 67}),
+            Case("one past a block", {"*N": (17,), "C": 65}),
+            Case("several axes, e5m2", {"*N": (2, 3, 5), "C": 33}, {"format": "e5m2"}),
+            Case("transposed", {"*N": (3, 5), "C": 33}, layout="transposed"),
+            Case("strided", {"*N": (7, 5), "C": 65}, layout="strided"),
+            Case("saturated", {"*N": (9,), "C": 65}, gain={"h": 1e3}),
+            Case("subnormal codes", {"*N": (9,), "C": 65}, gain={"h": 1e-4}),
+            Case("subnormal codes, e5m2", {"*N": (9,), "C": 65}, {"format": "e5m2"}, gain={"h": 1e-7}),
+            Case("language model", {"*N": (4096,), "C": 14336}, large=True),
+        ),
+        bench=_BENCH,
+        grads=(),
+        flops=lambda case: 2 * _elements(case),
+        traffic=lambda case: _elements(case),
+        other_bytes=lambda case: _elements(case) + 4 * case.sizes["C"],  # type: ignore[operator]
+        draw={"channel_scale": lambda value: torch.exp2((3 * value).round()).float()},
+        rivals={
+            "eager": "effkit.rivals:encode_smooth_fp8_eager",
+            "compiled": "effkit.rivals:encode_smooth_fp8_compiled",
         },
     )
 )
