@@ -1,17 +1,21 @@
-"""Products with FP8 matrices on the GPU: FP8 weights with plain or FP8 inputs, scales of a tensor, of rows, of blocks."""
+"""Products with FP8 matrices on the GPU: inputs plain or in FP8, scales of tensors, of rows, of blocks."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot, multiprocessors, unit_stride
+from effkit.kernels._common import INTERPRET, architecture, cast, dot, multiprocessors, unit_stride
 from effkit.kernels._fp8 import from_fp8
-from effkit.quant.fp8 import FORMATS
+from effkit.norm.dyt import batched
+from effkit.quant.fp8 import DECODE_FP8, FORMATS
+from effkit.quant.fp8_linear import gradients, keep
 from effkit.quant.fp8_matmul import BLOCK as _BLOCK
 from effkit.quant.fp8_matmul import has_fp8_products, spread_of
 
@@ -139,9 +143,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (architecture, what is multiplied, few rows of x) -> tile; few are at most 16. "fp8" is the tensor cores' own FP8, where
-# "half" decodes to float16 or bfloat16. Chosen as the largest that compile without spills, not timed on a device. Those
-# for 80 fit into the 99 KiB of its smaller relatives, of which 8.9 and 12.x have FP8 products.
+# (architecture, what is multiplied, few rows of x) -> tile; few are at most 16. "fp8" is the tensor cores' own FP8,
+# where "half" decodes to float16 or bfloat16. Chosen as the largest that compile without spills, not timed on a device.
+# Those for 80 fit into the 99 KiB of its smaller relatives, of which 8.9 and 12.x have FP8 products.
 _TILES = {
     (80, "half", True): Tile(64, 16, 128, 4, 3), (80, "half", False): Tile(128, 64, 64, 8, 3),
     (80, "fp32", True): Tile(32, 16, 64, 4, 2), (80, "fp32", False): Tile(32, 32, 32, 4, 2),
@@ -250,3 +254,45 @@ def matmul_fp8(
 ) -> Tensor:
     """The kernel behind effkit.quant.matmul_fp8, which documents and has checked the arguments."""
     return torch.ops.effkit.multiply_fp8(a, a_scale, a_format, b, b_scale, b_format, bias, dtype)
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, format: str = "e4m3"
+) -> Tensor:
+    """The kernels behind effkit.quant.linear_fp8, which documents and has checked the arguments."""
+    return _LinearFP8.apply(x, weight, weight_scale, bias, format)
+
+
+def _decoded(weight: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> tuple[Tensor]:
+    """The weight in one piece."""
+    granularity, block = spread_of(scale, tuple(weight.shape))
+    decode = DECODE_FP8.implementation("triton")
+    return (decode(weight, scale, granularity=granularity, format=format, block=block, dtype=dtype),)
+
+
+# Rows of x from which on decoding the weight first costs less than decoding it in each tile of the product.
+_FUSED = 256
+
+
+class _LinearFP8(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str) -> Tensor:
+        tokens = math.prod(x.shape[:-1])
+        if tokens > _FUSED:
+            (dense,) = _decoded(weight, scale, format, x.dtype)
+            return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        rows = x.reshape(tokens, x.shape[-1])
+        y = torch.ops.effkit.multiply_fp8(rows, None, format, weight, scale, format, bias, x.dtype)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        keep(ctx, *inputs[1:5])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients(ctx, dy, _decoded)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return batched(_LinearFP8.apply, info.batch_size, in_dims, inputs)

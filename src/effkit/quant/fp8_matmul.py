@@ -86,14 +86,15 @@ def matmul_fp8(
     a [*N, K]             activations: float8_e4m3fn, float8_e5m2, or uint8 codes of `a_format`
     a_scale [*S]          float32, multiplies on decoding: one for all, one for each row [*N, 1], or one for each block
                           of 128 along K [*N, ceil(K / 128)]; `encode_fp8` makes each
-    b [M, K], b_scale     a weight [out, in], likewise; its blocks may have 128 rows as well: [ceil(M / 128), ceil(K / 128)]
+    b [M, K]              a weight [out, in], likewise
+    b_scale [*R]          likewise; blocks may have 128 rows as well: [ceil(M / 128), ceil(K / 128)]
     bias [M]              added before rounding
     a_format, b_format    "e4m3" or "e5m2": what uint8 codes are; a float8 tensor says so itself
     dtype                 of the result; None is that of the bias, else float32
     backend               "reference", "torch", "triton" or None for the fastest that can
 
-    Returns y [*N, M]. No gradient: `linear_fp8` and `FP8Linear` have theirs. Raises ValueError or TypeError for arguments
-    that do not fit, BackendUnavailable for a backend that cannot run.
+    Returns y [*N, M]. No gradient: `linear_fp8` and `FP8Linear` have theirs. Raises ValueError or TypeError for
+    arguments that do not fit, BackendUnavailable for a backend that cannot run.
     """
     a, a_format = checked_codes("matmul_fp8", "a", a, a_format)
     b, b_format = checked_codes("matmul_fp8", "b", b, b_format)
@@ -129,8 +130,8 @@ class Spread(NamedTuple):
 
 
 def spread_of(scale: Tensor, shape: tuple[int, ...], what: str = "scale") -> Spread:
-    """How scales, [] or [rows, blocks], spread over a matrix of this shape; ValueError where they fit none of the ways."""
-    (rows, width), blocks = shape, -(-shape[1] // BLOCK)
+    """How scales, [] or [rows, blocks], spread over a matrix of this shape; ValueError where they fit in no way."""
+    rows, blocks = shape[0], -(-shape[1] // BLOCK)
     ways = {
         (-(-rows // BLOCK), blocks): Spread("block", (BLOCK, BLOCK)),
         (rows, blocks): Spread("block", (1, BLOCK)),
@@ -151,17 +152,22 @@ def decoded(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> Te
     return decode_fp8_torch(codes, scale, granularity=granularity, format=format, block=block, dtype=dtype)
 
 
-def decoded_tiles(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The same some rows at a time, so that what is decoded stays in the processor's cache; compiled, in one piece."""
+def decoded_tiles(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype, axis: int = 0) -> Iterator[Tensor]:
+    """The same some rows (or columns) at a time, so that what is decoded stays in the processor's cache."""
     granularity, block = spread_of(scale, tuple(codes.shape))
-    rows, width = codes.shape
-    size = max(rows, 1) if torch.compiler.is_compiling() else BLOCK * max(1, _TILE // (BLOCK * max(1, width)))
-    height = block[0] if block else 1  # rows that share a scale, where not all do
-    for start in range(0, max(rows, 1), size):
-        part = scale if granularity == "tensor" else scale[start // height : -(-(start + size) // height)]
-        yield decode_fp8_torch(
-            codes[start : start + size], part, granularity=granularity, format=format, block=block, dtype=dtype
-        )
+    length, size = codes.shape[axis], tile_size(codes, axis)
+    step = block[axis] if block else 1 if scale.ndim and axis == 0 else 0  # along the axis, how far a scale reaches
+    for start in range(0, max(length, 1), size):
+        part = scale.narrow(axis, start // step, -(-min(size, length - start) // step)) if step else scale
+        tile = codes.narrow(axis, start, min(size, length - start))
+        yield decode_fp8_torch(tile, part, granularity=granularity, format=format, block=block, dtype=dtype)
+
+
+def tile_size(codes: Tensor, axis: int = 0) -> int:
+    """How many rows (or columns) are decoded at a time: a multiple of a block's, all but on a CPU and uncompiled."""
+    if torch.compiler.is_compiling() or codes.device.type != "cpu":
+        return max(1, codes.shape[axis])
+    return BLOCK * max(1, _TILE // (BLOCK * max(1, codes.shape[1 - axis])))
 
 
 _TILE = 1 << 18  # elements of a weight that are decoded at a time
