@@ -410,10 +410,8 @@ def bitsandbytes_linear_4bit(
     quant_type: str = "nf4",
 ) -> Tensor:
     """bitsandbytes' Linear4bit; without gradients on a CPU that has the instructions, its repacked bfloat16 kernel."""
-    import bitsandbytes
-
     packed, state = _bitsandbytes_weight(weight, absmax, block_size, quant_type, x.dtype, x.requires_grad)
-    return bitsandbytes.matmul_4bit(x, packed, state, bias=bias)
+    return resolve("bitsandbytes:matmul_4bit")(x, packed, state, bias=bias)
 
 
 @rival(lambda **_: None)
@@ -439,8 +437,7 @@ def _bitsandbytes_weight(
     weight: Tensor, absmax: Tensor, block_size: int, quant_type: str, dtype: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Any]:
     """The weight and quantisation state that a layer of bitsandbytes would hold in this pass."""
-    from bitsandbytes import functional as bnb
-
+    bnb = resolve("bitsandbytes:functional")
     shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
     state = bnb.QuantState(
         absmax=absmax.flatten(),
@@ -470,9 +467,7 @@ def _dense_of_4bit(
     if nested_absmax is not None and nested_offset is not None:
         scales = decode_scales(scales, nested_absmax, nested_offset)
     shape = (weight.shape[0], 2 * weight.shape[1])
-    return decode_4bit(
-        weight.flatten(), scales, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
-    )
+    return decode_4bit(weight.flatten(), scales, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type)
 
 
 @functools.lru_cache(maxsize=1)

@@ -416,7 +416,10 @@ def gradients(ctx: Any, dy: Tensor, transposed: bool = False) -> tuple[Tensor | 
     weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = product(dy, weight, absmax, None, nested_absmax, nested_offset, *ctx.options, not transposed)
+        block_size, quant_type, backend = ctx.options
+        dx = product(
+            dy, weight, absmax, None, nested_absmax, nested_offset, block_size, quant_type, backend, not transposed
+        )
     if ctx.needs_input_grad[3]:
         wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
@@ -516,7 +519,7 @@ def _case(name: str, tokens: tuple[int, ...], K: int, M: int, given: tuple[str, 
     """A case in terms of the dense weight; given may say "nested" for double quantisation."""
     size = rest.get("block_size", 64)
     sizes = {"*N": tokens, "K": K, "M": M, "P": K // 2, "G": K // size, "S": math.ceil(M * (K // size) / NESTED_BLOCK)}
-    options = {key: rest.pop(key) for key in ("block_size", "quant_type") if key in rest}
+    options: dict[str, Any] = {key: rest.pop(key) for key in ("block_size", "quant_type") if key in rest}
     draw = {}
     if "nested" in given:
         given = (*(part for part in given if part != "nested"), "nested_absmax", "nested_offset")
