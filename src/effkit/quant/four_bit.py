@@ -87,7 +87,7 @@ def encode_4bit(
     ENCODE_4BIT.check(x=x)
     check_input("encode_4bit", x, block_size)
     _check_quant_type("encode_4bit", quant_type)
-    return ENCODE_4BIT.run(backend, x=x, block_size=block_size, quant_type=quant_type)
+    return ENCODE_4BIT.run(backend, x=x.detach(), block_size=block_size, quant_type=quant_type)
 
 
 def decode_4bit_reference(
@@ -406,6 +406,7 @@ ENCODE_4BIT = register(
         function=encode_4bit,
         reference=encode_4bit_reference,
         torch=encode_4bit_torch,
+        triton="effkit.kernels.four_bit:encode_4bit",
         cases=_ENCODE_CASES,
         bench=_ENCODE_BENCH,
         grads=(),
@@ -425,6 +426,7 @@ DECODE_4BIT = register(
         function=decode_4bit,
         reference=decode_4bit_reference,
         torch=decode_4bit_torch,
+        triton="effkit.kernels.four_bit:decode_4bit",
         cases=_DECODE_CASES,
         bench=_DECODE_BENCH,
         grads=(),

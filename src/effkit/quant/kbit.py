@@ -57,7 +57,7 @@ def encode_kbit(
     backend       "reference", "torch" or None for the latter
 
     Returns codes uint8 [*N] and absmax float32 [G], G = ceil(n / block_size). z = x * (1 / absmax) in float32; a tie
-    between two entries takes the lower one. Blocks whose absmax is below 2^-126 count as zero. A NaN makes absmax NaN,
+    between two entries takes the lower one. A block whose absmax is below 2^-126 counts as zero. A NaN makes absmax NaN,
     and with it the whole block; an infinity makes absmax infinite. arXiv 2212.09720, section 2.
     """
     ENCODE_KBIT.check(x=x, codebook=codebook)
@@ -186,16 +186,13 @@ def bits_per_parameter(bits: int, block_size: int = 64, double_quant: bool = Fal
 def normalised(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """z [G, block_size] with z = x / absmax, zeros behind the end, and absmax [G], in float32.
 
-    The reciprocal comes first, as in bitsandbytes. Where it would overflow the block counts as zero: z = 0.
+    The reciprocal comes first, as in bitsandbytes. A block below the normal numbers, where it would overflow, counts as
+    zero: absmax = 0, z = 0.
     """
     blocks = in_blocks(x.flatten().float(), block_size)
     absmax = blocks.abs().amax(1)
-    return blocks * inverse(absmax)[:, None], absmax
-
-
-def inverse(absmax: Tensor) -> Tensor:
-    """1 / absmax, and 0 where absmax is no normal number of float32. NaN stays NaN."""
-    return torch.where(absmax < _TINY, 0.0, 1 / absmax)
+    nothing = absmax < _TINY
+    return blocks * torch.where(nothing, 0.0, 1 / absmax)[:, None], torch.where(nothing, 0.0, absmax)
 
 
 def in_blocks(values: Tensor, block_size: int) -> Tensor:
