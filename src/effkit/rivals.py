@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from effkit.attention.linear import FEATURE_MAPS
 from effkit.ops import resolve
 from effkit.quant.four_bit import decode_4bit, decode_scales
+from effkit.quant.fp8_matmul import decoded
 
 
 @dataclass(frozen=True)
@@ -468,6 +469,55 @@ def _dense_of_4bit(
         scales = decode_scales(scales, nested_absmax, nested_offset)
     shape = (weight.shape[0], 2 * weight.shape[1])
     return decode_4bit(weight.flatten(), scales, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type)
+
+
+def _no_scaled_mm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None = None, **_: Any
+) -> str | None:
+    """Reason against torch._scaled_mm as it is, without padding."""
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9):
+        return "this device has no FP8 products"
+    if any(scale.ndim == 2 and scale.shape[1] > 1 for scale in (a_scale, b_scale)):
+        return "does not take blocks"
+    return "wants K and M in multiples of 16" if a.shape[-1] % 16 or b.shape[0] % 16 else None
+
+
+@rival(_no_scaled_mm)
+def torch_scaled_mm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """torch._scaled_mm, with the fast sums that its users ask for; scales of rows make it bfloat16."""
+    of = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+    a, b = a.view(of[options.get("a_format", "e4m3")]), b.view(of[options.get("b_format", "e4m3")])
+    dtype = torch.bfloat16 if a_scale.ndim or bias is None or bias.dtype == torch.float32 else bias.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return torch._scaled_mm(
+        a, b.t(), a_scale, b_scale.t().contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=a.is_cuda
+    )
+
+
+@rival(lambda **_: None)
+def dense_of_fp8(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The dense product in the dtype of the bias, for which both matrices were decoded once."""
+    dtype = torch.bfloat16 if bias is None else bias.dtype
+    a_format, b_format = (options.get(name, "e4m3") for name in ("a_format", "b_format"))
+    return F.linear(_dense_of_fp8(a, a_scale, a_format, dtype), _dense_of_fp8(b, b_scale, b_format, dtype), bias)
+
+
+@rival(lambda **_: None)
+def dense_linear_of_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, format: str = "e4m3"
+) -> Tensor:
+    """A dense layer with the dequantised weight: two or four times the bytes, nothing to decode."""
+    return F.linear(x, _dense_of_fp8(weight, weight_scale, format, x.dtype), bias)
+
+
+@functools.lru_cache(maxsize=2)
+def _dense_of_fp8(codes: Tensor, scale: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """The matrix that codes and scales stand for."""
+    return decoded(codes, scale, format, dtype)
 
 
 @functools.lru_cache(maxsize=1)

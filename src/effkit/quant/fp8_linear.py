@@ -431,7 +431,7 @@ LINEAR_FP8 = register(
             _case("1 x 14k x 4k", (1,), 14336, 4096, large=True),
             _case("4k x 4k x 4k", (4096,), 4096, 4096, large=True),
         ),
-        rivals={"dense": "effkit.rivals:dense_of_fp8"},
+        rivals={"dense": "effkit.rivals:dense_linear_of_fp8"},
         grads=("x", "bias"),
         flops=lambda case: 2 * _tokens(case) * _weights(case),
         traffic=lambda case: _tokens(case) * (case.sizes["M"] + case.sizes["K"]),  # type: ignore[operator]
