@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from effkit.kernels._common import INTERPRET, architecture, cast, dot, multiprocessors, unit_stride
+from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot, multiprocessors, unit_stride
 from effkit.kernels._fp8 import from_fp8
 from effkit.norm.dyt import batched
 from effkit.quant.fp8 import DECODE_FP8, FORMATS
@@ -296,3 +296,73 @@ class _LinearFP8(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         return batched(_LinearFP8.apply, info.batch_size, in_dims, inputs)
+
+
+class _Build(NamedTuple):
+    """What is compiled ahead of time: plain inputs, or codes; few rows or many; what scales are of."""
+
+    x: str
+    few: bool
+    w_rows: int | None
+    x_rows: int | None = None
+    splits: int = 1
+
+    def name(self, native: bool) -> str:
+        scales = {None: "tensor", 1: "rows", _BLOCK: "blocks"}
+        x = "fp8" if native else self.x
+        shares = " shares" if self.splits > 1 else ""
+        return f"matmul_fp8_fwd {x} {'few' if self.few else 'many'} {scales[self.w_rows]}{shares}"
+
+
+_BUILDS = (
+    _Build("bf16", True, _BLOCK),
+    _Build("bf16", True, 1, splits=4),
+    _Build("bf16", False, _BLOCK),
+    _Build("fp16", False, None),
+    _Build("fp32", True, _BLOCK, splits=4),
+    _Build("fp32", False, 1),
+    _Build("e4m3", True, _BLOCK, 1, splits=4),
+    _Build("e4m3", False, _BLOCK, 1),
+    _Build("e5m2", False, 1, 1),
+    _Build("e5m2", False, None),
+)
+
+
+def aot_specs() -> list[AotSpec]:
+    """Inputs of each dtype and codes, decoded on sm_80 and as they are from sm_90 on, with all kinds of scales."""
+    sums = [_sum_spec(arch) for arch in (80, 90, 100)]
+    return [_spec(arch, build) for arch in (80, 90, 100) for build in _BUILDS] + sums
+
+
+def _spec(arch: int, build: _Build) -> AotSpec:
+    codes = build.x in FORMATS
+    native = codes and arch >= 90
+    kind = "fp8" if native else "fp32" if build.x == "fp32" else "half"
+    tile = _TILES[arch, kind, build.few]._asdict()
+    fp8 = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
+    pointers = {
+        "w_ptr": fp8["e4m3"] if native else "*u8",
+        "x_ptr": (fp8[build.x] if native else "*u8") if codes else f"*{build.x}",
+        "y_ptr": "*fp32" if build.splits > 1 or build.x == "fp32" else "*fp16" if build.x == "fp16" else "*bf16",
+        "bias_ptr": "*fp32",
+        "w_scale_ptr": "*fp32",
+        "x_scale_ptr": "*fp32",
+    }
+    constants: dict[str, Any] = {
+        "W_MANTISSA": 3, "W_ROWS": build.w_rows, "W_BLOCKS": build.w_rows == _BLOCK,
+        "X_MANTISSA": 2 if build.x == "e5m2" else 3, "X_ROWS": build.x_rows,
+        "X_BLOCKS": codes and build.w_rows == _BLOCK, "SPLITS": build.splits,
+    }  # fmt: skip
+    constants |= {name: tile.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants |= {} if codes else {"x_scale_ptr": None}
+    constants |= {} if build.splits == 1 else {"bias_ptr": None}
+    types = dict.fromkeys(_matmul_fp8_fwd.arg_names, "i32") | pointers
+    needs = ("wgmma",) if arch == 90 and kind != "fp32" else ()
+    return AotSpec(build.name(native), _matmul_fp8_fwd, types, constants, arch=arch, needs=needs, **tile)
+
+
+def _sum_spec(arch: int) -> AotSpec:
+    tile = _TILES[arch, "half", True]._asdict()
+    constants = {"SPLITS": 4, "BLOCK_M": tile["BLOCK_M"], "BLOCK_N": tile["BLOCK_N"]}
+    types = {"shares_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32"}
+    return AotSpec("matmul_fp8_sum", _matmul_fp8_sum, types, constants, tile["num_warps"], tile["num_stages"], arch)
