@@ -56,9 +56,9 @@ class ChangeConfig:
 class Edit:
     """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason).
 
-    With a reason and undo, `apply` calls undo only if a later config fails, and lets go of it and the original at its end.
-    undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
-    undoes itself.
+    With a reason as well as undo, `apply` calls that only if a later config fails, and lets go of it, and of what it
+    holds, at its end. undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep
+    copy of the model then undoes itself.
     """
 
     matched: list[str]
@@ -198,7 +198,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    record = {**record, "dtype": str(model.dtype).removeprefix("torch.")}
+    record = {**record, "dtype": _dtype(model)}
     manifest = {"version": 1, "model": record, "changes": [change.config.to_dict() for change in _changes(model)]}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -294,11 +294,21 @@ def _model_record(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def _dtype(model: nn.Module) -> str:
+    """The name of the dtype that a model computes in, as far as one can say; FP8 codes are none."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1]
+    return str(dtypes[0] if dtypes else torch.get_default_dtype()).removeprefix("torch.")
+
+
 def _build(record: dict[str, Any]) -> nn.Module:
     """The unchanged model of a record, with arbitrary weights."""
     for key in ("class", "config_class"):
         if not record[key].startswith("transformers."):
             raise ValueError(f"{_MANIFEST}: {key} is {record[key]!r}, only classes of transformers are rebuilt")
     config = resolve(record["config_class"]).from_dict(record["config"])
-    model = resolve(record["class"])(config)
-    return model.to(getattr(torch, record["dtype"])) if "dtype" in record else model
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, record.get("dtype", "float32")))  # buffers that need float32 say so
+    try:
+        return resolve(record["class"])(config)
+    finally:
+        torch.set_default_dtype(default)

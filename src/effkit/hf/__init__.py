@@ -6,6 +6,6 @@ from_pretrained(path, quantization_config=effkit.hf.NF4QuantizationConfig()).
 
 from effkit.hf.attention import attention_forward
 from effkit.hf.mask import MaskSpec, make_mask
-from effkit.hf.quantizers import NF4QuantizationConfig
+from effkit.hf.quantizers import FP8QuantizationConfig, NF4QuantizationConfig
 
-__all__ = ["MaskSpec", "NF4QuantizationConfig", "attention_forward", "make_mask"]
+__all__ = ["FP8QuantizationConfig", "MaskSpec", "NF4QuantizationConfig", "attention_forward", "make_mask"]

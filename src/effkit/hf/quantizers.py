@@ -30,6 +30,7 @@ import effkit
 from effkit.change import Edit, Size, remember
 from effkit.quant.config import (
     DequantizeConfig,
+    FP8Config,
     NF4Config,
     QuantizationConfig,
     plan,
@@ -51,7 +52,7 @@ class _ModelConfig(QuantizationConfigMixin):
         method = fields.pop("quant_method", self.method)
         if method != self.method:
             raise ValueError(f"quant_method is {method!r}, expected {self.method!r}")
-        known = [entry.name for entry in dataclasses.fields(self.change) if entry.name != "keep_original"]
+        known = [entry.name for entry in dataclasses.fields(self.change) if entry.name not in _NOT_OF_MODELS]
         unknown = sorted(fields.keys() - set(known))
         if unknown:
             raise ValueError(f"{type(self).__name__}: no field {unknown}, choices: {', '.join(known)}")
@@ -64,9 +65,7 @@ class _ModelConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, config: QuantizationConfig) -> _ModelConfig:
         """The same fields as a config of effkit.apply."""
-        fields = dataclasses.asdict(config)
-        del fields["keep_original"]
-        return cls(**fields)
+        return cls(**{key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_MODELS})
 
     def as_change(self) -> QuantizationConfig:
         """The config of effkit.apply with these fields. No original is kept: weights are quantised as they load."""
@@ -74,10 +73,19 @@ class _ModelConfig(QuantizationConfigMixin):
         return self.change(**fields, keep_original=False)
 
 
+_NOT_OF_MODELS = ("keep_original", "recipe")  # fields that speak of a change, or of how to train
+
+
 class NF4QuantizationConfig(_ModelConfig):
     """quantization_config of NF4 models: block_size, double_quant, quant_type, skip, overrides as in `NF4Config`."""
 
     change, method = NF4Config, "effkit_nf4"
+
+
+class FP8QuantizationConfig(_ModelConfig):
+    """quantization_config of FP8 models: granularity, activation, format, ..., as in `FP8Config`, but no recipe."""
+
+    change, method = FP8Config, "effkit_fp8"
 
 
 class Quantizer(HfQuantizer):
@@ -193,6 +201,7 @@ def _say(model: Any, quantizer: Quantizer | None) -> None:
 _ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 _OF_CHANGE: dict[type[QuantizationConfig], type[_ModelConfig]] = {
     NF4Config: NF4QuantizationConfig,
+    FP8Config: FP8QuantizationConfig,
 }
 
 

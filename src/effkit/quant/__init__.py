@@ -1,6 +1,6 @@
 """Fewer bits for weights, activations and optimizer moments."""
 
-from effkit.quant.config import DequantizeConfig, NF4Config, quantization_report
+from effkit.quant.config import DequantizeConfig, FP8Config, NF4Config, quantization_report
 from effkit.quant.four_bit import (
     QUANT_TYPES,
     NestedScales,
@@ -47,6 +47,7 @@ __all__ = [
     "AdamWFP8",
     "DelayedScaling",
     "DequantizeConfig",
+    "FP8Config",
     "FP8Linear",
     "FP8Recipe",
     "NF4Config",

@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from effkit.change import ChangeConfig, Edit, PutBack, no_match, set_module
 from effkit.ops import resolve
 from effkit.quant.four_bit import QUANT_TYPES
+from effkit.quant.fp8 import FORMATS, GRANULARITIES
+from effkit.quant.fp8_linear import FP8Linear
+from effkit.quant.fp8_training import RECIPES
 from effkit.quant.nf4_linear import NF4Linear
 from effkit.quant.report import QuantizationReport, WeightReport, sqnr_db
 
@@ -83,9 +86,14 @@ class QuantizationConfig(ChangeConfig):
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return dataclasses.replace(self, skip=(), overrides={}, **fields)
 
+    @property
+    def stores(self) -> bool:
+        """Whether quantised weights are what is stored."""
+        return True
+
     def why_not(self, out_features: int, in_features: int) -> str | None:
         """Why the format cannot hold a weight of this shape, or None."""
-        raise NotImplementedError
+        return None
 
     def layer(self, linear: nn.Linear) -> nn.Module:
         """The quantised layer of a dense one."""
@@ -127,6 +135,54 @@ class NF4Config(QuantizationConfig):
 
 
 @dataclass(frozen=True)
+class FP8Config(QuantizationConfig):
+    """Weights in one byte each (`FP8Linear`), for inference or, with a recipe, products in FP8 for training.
+
+    granularity    what shares a scale of a weight: "tensor", "row" or "block" (128 x 128)
+    activation     None leaves inputs as they are; "tensor", "row" or "block" (1 x 128) quantises them, too
+    format         "e4m3" or "e5m2"
+    power_of_two   round scales up to powers of two
+    recipe         the name of an FP8Recipe: weights stay as they are, the same parameters, and are quantised in each
+                   pass; the fields above do not apply. None is for inference
+    """
+
+    granularity: str = "block"
+    activation: str | None = None
+    format: str = "e4m3"
+    power_of_two: bool = False
+    recipe: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("granularity", GRANULARITIES),
+            ("activation", (None, *GRANULARITIES)),
+            ("format", tuple(FORMATS)),
+            ("recipe", (None, *RECIPES)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"FP8Config: {name} is {getattr(self, name)!r}, choices: {', '.join(map(repr, choices))}"
+                )
+        if not isinstance(self.power_of_two, bool):
+            raise TypeError(f"FP8Config: power_of_two is {self.power_of_two!r}, expected True or False")
+
+    @property
+    def stores(self) -> bool:
+        return self.recipe is None
+
+    def layer(self, linear: nn.Linear) -> nn.Module:
+        return FP8Linear.from_module(
+            linear,
+            granularity=self.granularity,
+            activation=self.activation,
+            format=self.format,
+            power_of_two=self.power_of_two,
+            recipe=self.recipe,
+        )
+
+
+@dataclass(frozen=True)
 class DequantizeConfig(ChangeConfig):
     """Puts dense layers in the place of quantised ones, with the values that those compute with.
 
@@ -153,7 +209,7 @@ class _Restore(PutBack):
 
     def __call__(self) -> None:
         super().__call__()
-        if _is_huggingface(self.model):
+        if self.said is not None:
             resolve("effkit.hf.quantizers:say_again")(self.model, self.said)
 
 
@@ -217,7 +273,7 @@ def rebuild(model: nn.Module, config: QuantizationConfig, data: Iterable[Any] | 
 
 def dequantize(model: nn.Module, config: DequantizeConfig, data: Iterable[Any] | None = None) -> Edit:
     """Handler of DequantizeConfig."""
-    old = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_quantized(module)}
+    old = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_ours(module)}
     if not old:
         raise no_match("DequantizeConfig", ("NF4Linear",), (type(module).__name__ for module in model.modules()))
     new = {name: dense_of(module) for name, module in _once(old).items()}
@@ -240,11 +296,6 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
             weights.append(WeightReport(path, format, shape, sum(tensor.nbytes for tensor in tensors), noise.get(path)))
     dense = [parameter for parameter in model.parameters() if id(parameter) not in counted]
     return QuantizationReport(tuple(weights), sum(p.numel() for p in dense), sum(p.nbytes for p in dense))
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of those that the configs put in."""
-    return bool(quantized_weights(module))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -339,18 +390,19 @@ def _replace(
     noise: dict[str, float],
 ) -> QuantizationEdit:
     """Puts the new modules in place and says what that did."""
-    said = resolve("effkit.hf.quantizers:say")(model, config) if _is_huggingface(model) else None
+    said = resolve("effkit.hf.quantizers:say")(model, config) if config.stores and _is_huggingface(model) else None
     replace(model, new)
     notes: dict[str, Any] = {}
     parts = [part for module in new.values() for part in quantized_weights(module).values()]
-    bits = 8 * sum(tensor.nbytes for _, _, tensors in parts for tensor in tensors)
-    notes["bits"] = f"{bits / sum(math.prod(shape) for _, shape, _ in parts):.3f} a quantised parameter"
+    if parts:
+        bits = 8 * sum(tensor.nbytes for _, _, tensors in parts for tensor in tensors)
+        notes["bits"] = f"{bits / sum(math.prod(shape) for _, shape, _ in parts):.3f} a quantised parameter"
     if noise:
         worst = min(noise, key=lambda name: noise[name])
         notes["SQNR"] = f"{statistics.median(noise.values()):.2f} dB in the middle, {noise[worst]:.2f} dB in {worst}"
     if left:
         notes["left"] = _listed(left)
-    if config.keep_original:
+    if config.keep_original and parts:
         kept = sum(p.nbytes for module in _once(old).values() for p in module.parameters())
         notes["originals"] = f"{kept:,} bytes are kept for undo(); keep_original=False frees them"
     return QuantizationEdit(list(old), _Restore(model, old, said), "" if config.keep_original else _GONE, notes, noise)
@@ -375,6 +427,8 @@ def _once(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _why_not(module: Any, config: QuantizationConfig, shapes: list[tuple[int, int]]) -> str | None:
     if _has_experts(module):
         reason = resolve("effkit.hf.experts:why_not")(module)
+        if reason is None and not config.stores:
+            reason = "experts are quantised for inference alone"
         if reason is not None:
             return reason
     return next((reason for shape in shapes if (reason := config.why_not(*shape))), None)
@@ -410,9 +464,10 @@ def _tied(model: nn.Module) -> dict[int, str]:
 
 def quantized_weights(module: Any) -> dict[str, tuple[str, tuple[int, ...], list[Tensor]]]:
     """Format, dense shape and tensors of each quantised weight of a module, by name; none for a dense module."""
-    if isinstance(module, NF4Linear):
+    if isinstance(module, NF4Linear) or (isinstance(module, FP8Linear) and module.recipe is None):
         tensors: list[Tensor] = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
-        return {"weight": (module.quant_type, (module.out_features, module.in_features), tensors)}
+        format = module.quant_type if isinstance(module, NF4Linear) else module.format
+        return {"weight": (format, (module.out_features, module.in_features), tensors)}
     if hasattr(module, "quantized_experts"):
         return {
             name: (format, (module.num_experts, *shape), tensors)
@@ -422,10 +477,15 @@ def quantized_weights(module: Any) -> dict[str, tuple[str, tuple[int, ...], list
     return {}
 
 
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module is one of those that the configs put in."""
+    return isinstance(module, NF4Linear | FP8Linear) or hasattr(module, "quantized_experts")
+
+
 def _has_experts(module: nn.Module) -> bool:
-    """Whether a module holds expert weights as transformers names them, [E, ., .] each; quantised ones are integers."""
+    """Whether a module holds expert weights as transformers names them, [E, ., .] each; unless it is one of ours."""
     found = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
-    return all(isinstance(p, nn.Parameter) and p.ndim == 3 for p in found) and not is_quantized(module)
+    return all(isinstance(p, nn.Parameter) and p.ndim == 3 for p in found) and not _is_ours(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
