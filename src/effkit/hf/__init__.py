@@ -5,7 +5,23 @@ from_pretrained(path, quantization_config=effkit.hf.NF4QuantizationConfig()).
 """
 
 from effkit.hf.attention import attention_forward
+from effkit.hf.bitsandbytes import (
+    bitsandbytes_state_dict,
+    load_bitsandbytes,
+    load_bitsandbytes_state_dict,
+    save_bitsandbytes,
+)
 from effkit.hf.mask import MaskSpec, make_mask
 from effkit.hf.quantizers import FP8QuantizationConfig, NF4QuantizationConfig
 
-__all__ = ["FP8QuantizationConfig", "MaskSpec", "NF4QuantizationConfig", "attention_forward", "make_mask"]
+__all__ = [
+    "FP8QuantizationConfig",
+    "MaskSpec",
+    "NF4QuantizationConfig",
+    "attention_forward",
+    "bitsandbytes_state_dict",
+    "load_bitsandbytes",
+    "load_bitsandbytes_state_dict",
+    "make_mask",
+    "save_bitsandbytes",
+]

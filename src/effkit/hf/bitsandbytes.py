@@ -11,16 +11,28 @@ bitsandbytes gives, and is written back byte for byte: inference never changes w
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from effkit.quant.four_bit import NestedScales, Quantized4bit, code_table
+from effkit.change import Edit, Size, remember
+from effkit.hf.quantizers import Quantizer, register_once, say, say_again
+from effkit.quant.config import NF4Config, empty_like, plan, quantized_weights, replace, weight_shapes
+from effkit.quant.four_bit import NestedScales, Quantized4bit, code_table, dequantize_nf4
 from effkit.quant.kbit import NESTED_BLOCK, codebook
+from effkit.quant.nf4_linear import NF4Linear
 
 _STATE = ".quant_state.bitsandbytes__"
 _TYPES = ("nf4", "fp4")
@@ -139,3 +151,220 @@ def _check_length(key: str, tensor: Tensor, length: int) -> None:
 def _check_map(key: str, tensor: Tensor, table: Tensor) -> None:
     if not torch.equal(tensor.cpu().float(), table):
         raise ValueError(f"{key} is another table than that of its type: this checkpoint cannot be read")
+
+
+class BitsAndBytesFiles(QuantizationConfigMixin):
+    """quantization_config of a model that is read from bitsandbytes' files, or written to them.
+
+    stored   what config.json says, or is to say; settings are the fields of `NF4Config` that the tensors are stored by
+    """
+
+    method = "effkit_bitsandbytes"  # transformers' own class has the name that stands in the files
+
+    def __init__(self, stored: dict[str, Any], settings: dict[str, Any], **others: Any) -> None:
+        self.quant_method: Any = self.method
+        self.stored, self.settings = stored, settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.stored)
+
+
+class _Quantizer(Quantizer):
+    """Puts NF4Linear where bitsandbytes has a layer of its own, and saves under bitsandbytes' keys."""
+
+    quantization_config: Any
+
+    def change_of(self, model: Any) -> NF4Config:
+        """The layers that bitsandbytes would replace, by its own rule, as far as NF4Linear can hold them."""
+        skip = self.quantization_config.stored.get("llm_int8_skip_modules")
+        skipped = self.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        names = [
+            name
+            for name, module in model.named_modules()
+            if len(weight_shapes(module)) == 1 and should_convert_module(name, skipped)
+        ]
+        return _exactly(names, self.quantization_config.settings)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config.stored["llm_int8_skip_modules"] = _dense(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return bitsandbytes_state_dict(model), {}
+
+
+def load_bitsandbytes(path: str | Path, **options: Any) -> Any:
+    """The HuggingFace model of a folder that transformers and bitsandbytes have saved in 4 bits, with NF4Linear layers.
+
+    path      folder with config.json and safetensors
+    options   as from_pretrained takes them: dtype, device_map, attn_implementation
+
+    The model computes in its own dtype, not in a bnb_4bit_compute_dtype, and save_pretrained writes bitsandbytes' format
+    again. A layer whose rows are no multiple of the block size, so that blocks straddle rows, becomes a dense layer with
+    the dequantised weight, and a warning names it. Raises ValueError where the folder holds something else, or tensors
+    are missing or not what they should be.
+    """
+    folder = Path(path)
+    config = AutoConfig.from_pretrained(folder)
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or not stored.get("load_in_4bit"):
+        raise ValueError(f"{folder}: quantization_config is {stored}, expected bitsandbytes' with load_in_4bit")
+    quantized, others = read_state_dict(_read_folder(folder))
+    settings = _settings(quantized)
+    config.quantization_config = {"quant_method": BitsAndBytesFiles.method, "stored": stored, "settings": settings}
+    model_class = getattr(transformers, config.architectures[0])
+    options = {"dtype": config.dtype, **options, "config": config, "output_loading_info": True}
+    model, info = model_class.from_pretrained(None, state_dict=_native(quantized) | others, **options)
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise ValueError(f"{folder} does not hold the weights of {model_class.__name__}: {wrong}")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def save_bitsandbytes(model: Any, path: str | Path) -> None:
+    """Writes a HuggingFace model with NF4Linear layers as transformers and bitsandbytes would, to be loaded by them.
+
+    Layers may be NF4 or FP4, all with one block size, double quantised or not. config.json names the linear layers that
+    are dense among those that bitsandbytes is to skip.
+    """
+    layers = _layers(model)
+    settings = _settings({name: layer.quantized() for name, layer in layers.items()})
+    before = say(model, None)
+    model.hf_quantizer = _Quantizer(BitsAndBytesFiles(_stored(model, settings), settings), pre_quantized=True)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    try:
+        model.save_pretrained(path)
+    finally:
+        say_again(model, before)
+
+
+def bitsandbytes_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module with NF4Linear layers under bitsandbytes' keys."""
+    layers = _layers(model)
+    ours = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if name != "bias"}
+    state = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in ours}
+    state = {key: tensor.detach() for key, tensor in state.items()}
+    for name, layer in layers.items():
+        state |= to_bitsandbytes(layer.quantized(), f"{name}.weight")
+    return state
+
+
+def load_bitsandbytes_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads a state dict of bitsandbytes' 4-bit format into a dense model; the layers it quantises become NF4Linear.
+
+    Strict: what is missing, left over or of another shape raises ValueError, and leaves the model as it was.
+    """
+    quantized, others = read_state_dict(state)
+    names = [name.removesuffix(".weight") for name, q in quantized.items() if not _straddles(q)]
+    config = _exactly(names, _settings(quantized))
+    layers = plan(model, config).layers
+    new = {name: empty_like(model.get_submodule(name), own) for name, own in layers.items()}
+    native = _native(quantized) | others
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for name, layer in new.items():
+        expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+    given = {key: tuple(tensor.shape) for key, tensor in native.items()}
+    wrong = {
+        key: (given.get(key), expected.get(key)) for key in given | expected if given.get(key) != expected.get(key)
+    }
+    if wrong:
+        key, (got, wanted) = next(iter(wrong.items()))
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit the model, the first is {key}: shape {got}, expected {wanted}"
+        )
+    before = Size.of(model)
+    replace(model, new)
+    model.load_state_dict(native)
+    remember(model, config, Edit(names, None, "the weights were loaded in four bits"), before)
+
+
+def _native(quantized: Mapping[str, Quantized4bit]) -> dict[str, Tensor]:
+    """The parameters of NF4Linear, and dense weights where blocks straddle rows."""
+    straddling = [name for name, q in quantized.items() if _straddles(q)]
+    if straddling:
+        warnings.warn(
+            f"{len(straddling)} weights are dequantised, because their blocks straddle rows: {', '.join(straddling[:3])}"
+            f"{', ...' if len(straddling) > 3 else ''}",
+            stacklevel=3,
+        )
+    state: dict[str, Tensor] = {}
+    for name, q in quantized.items():
+        if _straddles(q):
+            state[name] = dequantize_nf4(q)
+            continue
+        state |= {name: q.packed.view(q.shape[0], -1), f"{name}_absmax": q.absmax.view(q.shape[0], -1)}
+        if q.nested is not None:
+            state |= {f"{name}_nested_absmax": q.nested.absmax, f"{name}_nested_offset": q.nested.offset.reshape(1)}
+    return state
+
+
+def _straddles(q: Quantized4bit) -> bool:
+    return q.shape[-1] % q.block_size != 0
+
+
+def _settings(quantized: Mapping[str, Quantized4bit]) -> dict[str, Any]:
+    """The fields of NF4Config that all of these were quantised with."""
+    found: dict[tuple[int, bool, str], str] = {}
+    for name, q in quantized.items():
+        found.setdefault((q.block_size, q.nested is not None, q.quant_type), name)
+    if len(found) != 1:
+        raise ValueError(
+            f"weights have {len(found)} combinations of block size, double quantisation and type, {found}, expected one"
+        )
+    return dict(zip(("block_size", "double_quant", "quant_type"), next(iter(found)), strict=True))
+
+
+def _exactly(names: Iterable[str], settings: Mapping[str, Any]) -> NF4Config:
+    """The config that quantises these layers, as far as they fit, and no others."""
+    return NF4Config(**settings, overrides={**{name: {} for name in names}, "*": None}, keep_original=False)
+
+
+def _layers(model: nn.Module) -> dict[str, NF4Linear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    if not layers:
+        raise ValueError("the model has no NF4Linear: there is nothing to write in 4 bits")
+    for name, module in model.named_modules():
+        if quantized_weights(module) and name not in layers:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, for which bitsandbytes has no format; choices: leave it dense by "
+                f"NF4Config(overrides={{{name!r}: None}}), or effkit.save"
+            )
+    return layers
+
+
+def _stored(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization_config that transformers writes for bitsandbytes."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": settings["quant_type"],
+        "bnb_4bit_use_double_quant": settings["double_quant"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": _dense(model),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _dense(model: nn.Module) -> list[str]:
+    """The layers that bitsandbytes is to leave alone."""
+    return [name for name, module in model.named_modules() if len(weight_shapes(module)) == 1]
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, in one file or several."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    return {key: tensor for name in sorted(names) for key, tensor in load_file(str(folder / name)).items()}
+
+
+register_once(BitsAndBytesFiles, _Quantizer)

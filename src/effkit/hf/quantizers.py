@@ -102,8 +102,8 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Puts quantised layers into the model, which is on the meta device."""
-        self.size = Size.of(model)
-        self.layers = plan(model, self.quantization_config.as_change()).layers
+        self.size, self.change = Size.of(model), self.change_of(model)
+        self.layers = plan(model, self.change).layers
         replace(model, {name: quantized_like(model.get_submodule(name), own) for name, own in self.layers.items()})
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -118,19 +118,24 @@ class Quantizer(HfQuantizer):
             for _, _, tensors in quantized_weights(module).values():
                 for tensor in tensors:  # transformers lets every float parameter that it loads take gradients
                     tensor.requires_grad_(False)
-        config = self.quantization_config.as_change()
-        remember(model, config, Edit(list(self.layers), None, "the weights were quantised as they loaded"), self.size)
+        edit = Edit(list(self.layers), None, "the original weights were not kept as the model was loaded")
+        remember(model, self.change, edit, self.size)
         return model
+
+    def change_of(self, model: Any) -> QuantizationConfig:
+        """The change that the quantised model comes from, as a config of effkit.apply."""
+        return self.quantization_config.as_change()
 
     def is_serializable(self) -> bool:
         if self.unsaveable:
             raise ValueError(self.unsaveable)
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         change = effkit.apply(model, DequantizeConfig(keep_original=False))
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has a name for it
         for name in change.matched:
-            model.get_submodule(name).to(dtype)
+            model.get_submodule(name).to(wanted)
         return model
 
 
@@ -205,12 +210,12 @@ _OF_CHANGE: dict[type[QuantizationConfig], type[_ModelConfig]] = {
 }
 
 
-def _register() -> None:
-    """Tells transformers of the configs. Names that are there already stay: this module may be imported twice."""
-    for config in _OF_CHANGE.values():
-        if config.method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            register_quantization_config(config.method)(config)
-            register_quantizer(config.method)(Quantizer)
+def register_once(config: Any, quantizer: type[Quantizer]) -> None:
+    """Tells transformers of a config, unless it knows one of that name: a module may be imported twice."""
+    if config.method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(config.method)(config)
+        register_quantizer(config.method)(quantizer)
 
 
-_register()
+for _config in _OF_CHANGE.values():
+    register_once(_config, Quantizer)
