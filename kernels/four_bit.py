@@ -81,7 +81,7 @@ def _rows(block_size: int) -> int:
 
 @functools.cache
 def _search(quant_type: str) -> dict[str, Any]:
-    """Thresholds and order of codes as constants of the kernel. Fewer than 15 thresholds are filled up with infinity."""
+    """Thresholds and order of codes as constants of the kernel. Fewer than 15 thresholds are followed by infinity."""
     thresholds, order = TABLES[f"{quant_type} thresholds"], TABLES[f"{quant_type} order"]
     missing = 15 - len(thresholds)
     codes = order + order[-1:] * missing

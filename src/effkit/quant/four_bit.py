@@ -20,6 +20,7 @@ more than it gains, and activations with outliers spoil their whole block. With 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from effkit.ops import Case, Op, register
 from effkit.quant.kbit import (
+    BLOCK_SIZES,
     NESTED_BLOCK,
     check_codes,
     check_input,
@@ -60,12 +62,12 @@ def encode_4bit_reference(x: Tensor, *, block_size: int = 64, quant_type: str = 
 
 
 def encode_4bit_torch(x: Tensor, *, block_size: int = 64, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
-    """A binary search for each value."""
-    z, absmax = normalised(x, block_size)
-    thresholds = _constant(f"{quant_type} thresholds", x.device)
-    codes = _constant(f"{quant_type} order", x.device)[torch.bucketize(z, thresholds, out_int32=True)]
-    pairs = codes.flatten()[: x.numel() + x.numel() % 2].view(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1], absmax
+    """The thresholds one after the other, for a few values at a time, so that these stay in the processor's cache."""
+    parts = [_encode(part, block_size, quant_type) for part in x.reshape(-1).split(_tile(x))]
+    if len(parts) == 1:
+        return parts[0]
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def encode_4bit(
@@ -114,11 +116,18 @@ def decode_4bit_torch(
     block_size: int = 64,
     quant_type: str = "nf4",
 ) -> Tensor:
-    """A look-up for each byte: the table of pairs, seen as 256 integers of 64 bits."""
-    table = code_table(quant_type, packed.device)
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), 1)
-    values = in_blocks(pairs[packed.int()].flatten()[: math.prod(shape)], block_size)
-    return (values * absmax[:, None]).flatten()[: math.prod(shape)].view(shape).to(dtype)
+    """A look-up for each byte in a table of pairs, a few bytes at a time; under torch.compile as defined."""
+    if torch.compiler.is_compiling():
+        return decode_4bit_reference(
+            packed, absmax, shape=shape, dtype=dtype, block_size=block_size, quant_type=quant_type
+        )
+    y = torch.empty(math.prod(shape), dtype=dtype, device=packed.device)
+    pairs = _constant(f"{quant_type} pairs", packed.device)
+    tile = _tile(packed)
+    parts = zip(packed.split(tile // 2), absmax.split(tile // block_size), y.split(tile), strict=True)
+    for codes, scales, values in parts:
+        _decode(pairs, codes, scales[:, None], values, block_size)
+    return y.view(shape)
 
 
 def decode_4bit(
@@ -272,6 +281,38 @@ def _check_quant_type(op: str, quant_type: str) -> None:
         raise ValueError(f"{op}: quant_type is {quant_type!r}, choices: {', '.join(map(repr, QUANT_TYPES))}")
 
 
+def _encode(values: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of values [n], which begin with a block."""
+    z, absmax = normalised(values, block_size)
+    thresholds = TABLES[f"{quant_type} thresholds"]
+    within = torch.zeros_like(z)
+    reached = torch.empty_like(z)
+    for threshold in thresholds:  # counted in float32, since only comparisons with a result of that dtype are fast
+        within += torch.le(z, threshold, out=reached)
+    ranks = (len(thresholds) - within).flatten()[: len(values) + len(values) % 2].view(-1, 2)
+    packed = torch.add(ranks[:, 1], ranks[:, 0], alpha=16).int()
+    if quant_type == "fp4":  # whose codes do not ascend
+        packed = _constant("fp4 bytes", values.device)[packed]
+    return packed.to(torch.uint8), absmax
+
+
+def _decode(pairs: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block_size: int) -> None:
+    """The values of whole blocks, and of one that is cut short, into out [n]."""
+    values = pairs.index_select(0, packed.int()).view(torch.float32)[: len(out)]
+    whole = len(out) // block_size
+    inside, behind = values.split([whole * block_size, len(out) - whole * block_size])
+    torch.mul(inside.view(-1, block_size), absmax[:whole], out=out[: len(inside)].view(-1, block_size))
+    if len(behind):
+        torch.mul(behind, absmax[-1], out=out[len(inside) :])
+
+
+def _tile(x: Tensor) -> int:
+    """How many values to take at a time: on a CPU some that fit its cache, in whole blocks, elsewhere all at once."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, 2 * x.numel()) * BLOCK_SIZES[-1]
+    return _TILE * torch.get_num_threads()
+
+
 def _constant(name: str, device: torch.device) -> Tensor:
     """A table on a device, made once; torch.compile makes it a part of its graph instead."""
     return _make(name, device) if torch.compiler.is_compiling() else _made(name, device)
@@ -279,6 +320,8 @@ def _constant(name: str, device: torch.device) -> Tensor:
 
 def _make(name: str, device: torch.device) -> Tensor:
     values = TABLES[name]
+    if name.endswith("pairs"):  # 256 times the values of a byte's two codes, eight bytes that are moved as one
+        return torch.tensor(values, dtype=torch.float32, device=device).view(torch.int64).flatten()
     return torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else torch.uint8, device=device)
 
 
@@ -315,6 +358,10 @@ TABLES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 for _type in QUANT_TYPES:
     TABLES[f"{_type} thresholds"], TABLES[f"{_type} order"] = _ascending(_type)
+    TABLES[f"{_type} pairs"] = tuple(itertools.product(TABLES[_type], repeat=2))
+# The byte of two codes for the byte of two ranks.
+TABLES["fp4 bytes"] = tuple(16 * a + b for a, b in itertools.product((*TABLES["fp4 order"], 0), repeat=2))
+_TILE = 1 << 16  # values a thread; a quarter of a megabyte of float32
 
 
 def _elements(case: Case) -> int:

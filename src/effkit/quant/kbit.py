@@ -57,7 +57,7 @@ def encode_kbit(
     backend       "reference", "torch" or None for the latter
 
     Returns codes uint8 [*N] and absmax float32 [G], G = ceil(n / block_size). z = x * (1 / absmax) in float32; a tie
-    between two entries takes the lower one. A block whose absmax is below 2^-126 counts as zero. A NaN makes absmax NaN,
+    between two entries takes the lower one. A block with absmax below 2^-126 counts as zero. A NaN makes absmax NaN,
     and with it the whole block; an infinity makes absmax infinite. arXiv 2212.09720, section 2.
     """
     ENCODE_KBIT.check(x=x, codebook=codebook)
@@ -197,7 +197,8 @@ def normalised(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 def in_blocks(values: Tensor, block_size: int) -> Tensor:
     """values [n] as [G, block_size], zeros behind the end."""
-    return F.pad(values, (0, -len(values) % block_size)).view(-1, block_size)
+    missing = -len(values) % block_size
+    return (F.pad(values, (0, missing)) if missing else values).view(-1, block_size)
 
 
 def midpoints(entries: Tensor) -> Tensor:
