@@ -31,25 +31,35 @@ def _tile(ptr, rows, n_rows, stride, k, K):
 
 
 @triton.jit
-def _scales(ptr, rows, n_rows, stride, block, ROWS: tl.constexpr):
-    """The scale of each row in a block of K; ROWS neighbouring rows share one, all of them where ROWS is None."""
+def _scales(ptr, first, rows, n_rows, stride, block, ROWS: tl.constexpr):
+    """The scales of rows in a block of K: one for each where ROWS is 1, else the one that all rows of a tile share.
+
+    ROWS is how many neighbouring rows share a scale, None all of them; a tile lies within those of one scale.
+    """
     if ROWS is None:
-        scales = tl.full(rows.shape, 1.0, tl.float32) * tl.load(ptr + block)
+        scales = tl.load(ptr + block)
+    elif ROWS == 1:
+        scales = tl.load(ptr + rows.to(tl.int64) * stride + block, mask=rows < n_rows, other=0.0)
     else:
-        scales = tl.load(ptr + (rows // ROWS).to(tl.int64) * stride + block, mask=rows < n_rows, other=0.0)
+        scales = tl.load(ptr + (first // ROWS).to(tl.int64) * stride + block)
     return scales
 
 
 @triton.jit
-def _both_scales(
-    w_scale_ptr, x_scale_ptr, m, n, M, N, stride_ws, stride_xs, w_block, x_block,
+def _scaled(
+    product, w_scale_ptr, x_scale_ptr, m0, m, n0, n, M, N, stride_ws, stride_xs, w_block, x_block,
     W_ROWS: tl.constexpr, X_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[m, n] what the products of rows m of w and rows n of x are multiplied with; a plain x has no scale."""
-    scales = _scales(w_scale_ptr, m, M, stride_ws, w_block, W_ROWS)[:, None]
+    """Products of rows m of w and rows n of x times their scales; a plain x has none."""
+    scale = _scales(w_scale_ptr, m0, m, M, stride_ws, w_block, W_ROWS)
+    if W_ROWS == 1:
+        product *= scale[:, None]
+        scale = 1.0
     if x_scale_ptr is not None:
-        scales = scales * _scales(x_scale_ptr, n, N, stride_xs, x_block, X_ROWS)[None, :]
-    return scales
+        scale *= _scales(x_scale_ptr, n0, n, N, stride_xs, x_block, X_ROWS)
+        if X_ROWS == 1:
+            scale = scale[None, :]
+    return product * scale
 
 
 @triton.jit
@@ -63,14 +73,12 @@ def _store(y_ptr, bias_ptr, y, m, n, M, N):
 
 @triton.jit
 def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows of w and of x that a tile of the result belongs to: eight tiles of w share the x that they read."""
+    """The first rows of w and x whose product is a tile of the result: eight tiles of w share the x that they read."""
     n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = tile // (8 * n_n) * 8
     height = tl.minimum(n_m - first, 8)
     within = tile % (8 * n_n)
-    m = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    return m, n
+    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
 
 
 # One program owns BLOCK_M rows of w x BLOCK_N rows of x and a share of K. It computes w x^T and not x w^T: a decoded w
@@ -86,7 +94,8 @@ def _matmul_fp8_fwd(
     X_MANTISSA: tl.constexpr, X_ROWS: tl.constexpr, X_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m, n = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m0, n0 = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     if SPLITS > 1:
         share = tl.cdiv(steps, SPLITS)
@@ -108,13 +117,15 @@ def _matmul_fp8_fwd(
             product = tl.dot(w, x.T)
         if W_BLOCKS or X_BLOCKS:
             block = step * BLOCK_K // BLOCK
-            product *= _both_scales(
-                w_scale_ptr, x_scale_ptr, m, n, M, N, stride_ws, stride_xs, block if W_BLOCKS else 0,
-                block if X_BLOCKS else 0, W_ROWS, X_ROWS,
+            product = _scaled(
+                product, w_scale_ptr, x_scale_ptr, m0, m, n0, n, M, N, stride_ws, stride_xs,
+                block if W_BLOCKS else 0, block if X_BLOCKS else 0, W_ROWS, X_ROWS,
             )  # fmt: skip
         acc += product
     if not (W_BLOCKS or X_BLOCKS):
-        acc *= _both_scales(w_scale_ptr, x_scale_ptr, m, n, M, N, stride_ws, stride_xs, 0, 0, W_ROWS, X_ROWS)
+        acc = _scaled(
+            acc, w_scale_ptr, x_scale_ptr, m0, m, n0, n, M, N, stride_ws, stride_xs, 0, 0, W_ROWS, X_ROWS
+        )  # fmt: skip
     _store(y_ptr, bias_ptr, acc, m, n, M, N)
 
 
@@ -123,7 +134,8 @@ def _matmul_fp8_fwd(
 def _matmul_fp8_sum(
     shares_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    m, n = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m0, n0 = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     at = n.to(tl.int64)[None, :] * M + m[:, None]
     ok = (m < M)[:, None] & (n < N)[None, :]
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -152,7 +164,7 @@ _TILES = {
     (80, "fp8", True): Tile(64, 16, 128, 4, 4), (80, "fp8", False): Tile(128, 64, 128, 8, 3),
     (90, "half", True): Tile(64, 16, 128, 4, 4), (90, "half", False): Tile(128, 128, 64, 8, 3),
     (90, "fp32", True): Tile(32, 16, 64, 4, 2), (90, "fp32", False): Tile(32, 32, 32, 4, 2),
-    (90, "fp8", True): Tile(64, 16, 128, 4, 4), (90, "fp8", False): Tile(128, 128, 128, 8, 3),
+    (90, "fp8", True): Tile(64, 16, 128, 4, 4), (90, "fp8", False): Tile(64, 128, 128, 4, 4),
     (100, "half", True): Tile(64, 16, 128, 4, 4), (100, "half", False): Tile(128, 128, 64, 8, 3),
     (100, "fp32", True): Tile(32, 16, 64, 4, 2), (100, "fp32", False): Tile(32, 32, 32, 4, 2),
     (100, "fp8", True): Tile(64, 16, 128, 4, 4), (100, "fp8", False): Tile(128, 128, 128, 8, 3),
