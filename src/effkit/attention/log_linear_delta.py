@@ -79,7 +79,9 @@ def log_linear_gated_delta_rule_reference(
     c, total, beta = cumulative_decay(g), g.double().sum(-1, keepdim=True), beta[..., None]
     pairs, decay = pair_decay(c, q.dtype), c.to(q.dtype).exp()[..., None]
     scores, one = (q @ k.mT) * pairs, torch.eye(q.shape[2], dtype=q.dtype, device=q.device)
-    inverse = torch.linalg.inv(one + (beta * (k @ k.mT) * pairs).tril(-1))  # [B, H, T, T]
+    # The inverse of I + M, M strictly lower. Not by inv: its general form fails in torch 2.13 with two threads of MKL.
+    system = beta * (k @ k.mT) * pairs
+    inverse = torch.linalg.solve_triangular(system, one.expand_as(system), upper=False, unitriangular=True)
     o = ((scores @ inverse * beta.mT) * of_tokens) @ v
     erase = inverse @ (beta * decay * k)
     o = o + torch.einsum("bhtl, bhtk, bhlkv -> bhtv", of_blocks, q * decay - scores @ erase, memory)
