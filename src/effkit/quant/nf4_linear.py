@@ -20,7 +20,7 @@ size is refused, since its blocks would straddle rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -327,7 +327,7 @@ class _Cached(NamedTuple):
     """A decoded weight, and the parameters it was decoded from with their addresses and versions at that time."""
 
     dense: Tensor
-    source: list[Tensor]
+    source: Sequence[Tensor]
     stamp: list[tuple[int, int | None]]
 
 
