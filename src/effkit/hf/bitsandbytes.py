@@ -199,10 +199,10 @@ def load_bitsandbytes(path: str | Path, **options: Any) -> Any:
     path      folder with config.json and safetensors
     options   as from_pretrained takes them: dtype, device_map, attn_implementation
 
-    The model computes in its own dtype, not in a bnb_4bit_compute_dtype, and save_pretrained writes bitsandbytes' format
-    again. A layer whose rows are no multiple of the block size, so that blocks straddle rows, becomes a dense layer with
-    the dequantised weight, and a warning names it. Raises ValueError where the folder holds something else, or tensors
-    are missing or not what they should be.
+    The model computes in its own dtype, not in a bnb_4bit_compute_dtype, and save_pretrained writes the same format
+    again. A layer whose rows are no multiple of the block size, so that blocks straddle rows, becomes a dense layer
+    with the dequantised weight, and a warning names it. Raises ValueError where the folder holds something else, or
+    tensors are missing or not what they should be.
     """
     folder = Path(path)
     config = AutoConfig.from_pretrained(folder)
@@ -284,11 +284,8 @@ def _native(quantized: Mapping[str, Quantized4bit]) -> dict[str, Tensor]:
     """The parameters of NF4Linear, and dense weights where blocks straddle rows."""
     straddling = [name for name, q in quantized.items() if _straddles(q)]
     if straddling:
-        warnings.warn(
-            f"{len(straddling)} weights are dequantised, because their blocks straddle rows: {', '.join(straddling[:3])}"
-            f"{', ...' if len(straddling) > 3 else ''}",
-            stacklevel=3,
-        )
+        names = ", ".join(straddling[:3]) + (", ..." if len(straddling) > 3 else "")
+        warnings.warn(f"dequantised, because blocks straddle rows: {names}, {len(straddling)} in all", stacklevel=3)
     state: dict[str, Tensor] = {}
     for name, q in quantized.items():
         if _straddles(q):
@@ -328,8 +325,8 @@ def _layers(model: nn.Module) -> dict[str, NF4Linear]:
     for name, module in model.named_modules():
         if quantized_weights(module) and name not in layers:
             raise ValueError(
-                f"{name} is a {type(module).__name__}, for which bitsandbytes has no format; choices: leave it dense by "
-                f"NF4Config(overrides={{{name!r}: None}}), or effkit.save"
+                f"{name} is a {type(module).__name__}, for which bitsandbytes has no format; choices: leave it dense "
+                f"by NF4Config(overrides={{{name!r}: None}}), or effkit.save"
             )
     return layers
 

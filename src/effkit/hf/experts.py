@@ -45,7 +45,7 @@ class QuantizedExperts(nn.Module):
         """dense is the module to replace; make(projection, expert) gives the quantised layer of one of its experts."""
         super().__init__()
         self.num_experts = dense.gate_up_proj.shape[0]
-        self._layers: dict[str, nn.Module] = {}  # how to read a slice; in a dict, so that they are no submodules
+        self._layers: dict[str, Any] = {}  # how to read a slice; in a dict, so that they are no submodules
         for projection in PROJECTIONS:
             layers = [make(projection, expert) for expert in range(self.num_experts)]
             for name, _ in layers[0].named_parameters():
@@ -90,7 +90,7 @@ class QuantizedExperts(nn.Module):
         layer._parameters = {
             name: None if layer._parameters[name] is None else getattr(self, _renamed(name, projection))[expert]
             for name in names
-        }  # type: ignore[assignment]
+        }
         return layer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:

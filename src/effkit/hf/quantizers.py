@@ -15,6 +15,7 @@ been imported before: transformers has no other way to find a quantiser.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -105,6 +106,21 @@ class Quantizer(HfQuantizer):
         self.size, self.change = Size.of(model), self.change_of(model)
         self.layers = plan(model, self.change).layers
         replace(model, {name: quantized_like(model.get_submodule(name), own) for name, own in self.layers.items()})
+        self.element_sizes: dict[str, float] = {}
+        if not self.pre_quantized:
+            for name in self.layers:
+                self._expect_dense(name, model.get_submodule(name), model.dtype)
+
+    def _expect_dense(self, path: str, module: nn.Module, dtype: torch.dtype) -> None:
+        """Gives the weights that are to be quantised the form in which they are read: some versions cast to it."""
+        for name, (_, shape, _) in quantized_weights(module).items():
+            self.element_sizes[f"{path}.{name}"] = module.get_parameter(name).nbytes / math.prod(shape)
+            dense = torch.empty(shape, dtype=dtype, device="meta")
+            setattr(module, name, nn.Parameter(dense, requires_grad=False))
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes for each element that a device_map has to plan for."""
+        return self.element_sizes.get(param_name, param.element_size())
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
