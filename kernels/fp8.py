@@ -114,8 +114,8 @@ class Tile(NamedTuple):
 
 
 # Rows longer than this take two passes. The interpreter takes small tiles, so that small tensors have several.
-_LONGEST = 128 if INTERPRET else 16384
-_ELEMENTS = 512 if INTERPRET else 4096
+_LONGEST = 256 if INTERPRET else 16384
+_ELEMENTS = 2048 if INTERPRET else 4096
 _STRIPES = 4  # programs of the first pass for each multiprocessor
 
 
@@ -156,7 +156,7 @@ def _encode(
     codes, scale = _like(x, torch.uint8), x.new_empty(grid.scale, dtype=torch.float32)
     constants = dict(MANTISSA=FORMATS[format].mantissa, POWER_OF_TWO=power_of_two)
     given = None
-    if grid.block[1] > _LONGEST and grid.blocks[1] == 1:
+    if grid.block[1] > _LONGEST and grid.blocks[1] == 1 and x.numel():
         _scale_of_rows(tiles[0], scale, amax_floor, **constants)
         given = scale
     _run(_encode_fp8, tiles, grid, tiles, given, codes, scale, amax_floor, **constants)

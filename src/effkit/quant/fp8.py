@@ -470,9 +470,16 @@ def _all_scales(value: Tensor) -> Tensor:
     return value**5
 
 
+def _strange(value: Tensor) -> Tensor:
+    """Zeros of both signs, denormals, and infinities and NaN among ordinary values."""
+    spoilt = value[2].clone()
+    spoilt[1, ::50], spoilt[2, ::50], spoilt[3, 200] = math.inf, math.nan, -math.inf
+    return torch.stack((value[0] * 0, value[1] * 1e-41, spoilt))
+
+
 def _case(name: str, shape: tuple[int, ...], given: bool = False, **fields: Any) -> Case:
     """A case on a tensor of this shape; the axes of its scale follow from the options."""
-    layout = {key: fields.pop(key) for key in ("layout", "gain", "large") if key in fields}
+    layout = {key: fields.pop(key) for key in ("layout", "gain", "large", "draw") if key in fields}
     scale = grid_of(shape, fields.get("granularity", "tensor"), fields.get("block")).scale
     return Case(name, {"*N": shape, "*G": scale}, fields, given=("scale",) if given else (), **layout)
 
@@ -488,15 +495,18 @@ _SHAPES: tuple[Case, ...] = (
     _case("empty", (0,)),
     _case("tensor", (3, 5, 67)),
     _case("tensor, e5m2", (67, 65), format="e5m2"),
+    _case("no rows", (0, 130), **_ROWS),
     _case("no channels", (3, 0), **_ROWS),
     _case("rows", (7, 129), **_ROWS),
     _case("rows, e5m2", (2, 5, 63), format="e5m2", **_ROWS),
+    _case("long rows", (3, 2111), **_ROWS),
     _case("rows, transposed", (3, 5, 33), layout="transposed", **_ROWS),
     _case("activations", (2, 5, 257), **_ACTIVATIONS),
     _case("activations, strided", (5, 130), layout="strided", format="e5m2", **_ACTIVATIONS),
     _case("weight", (130, 257), **_WEIGHT),
     _case("weights", (2, 128, 129), format="e5m2", **_WEIGHT),
     _case("small blocks", (2, 7, 13), granularity="block", block=(3, 5)),
+    _case("wide blocks", (3, 600), granularity="block", block=(1, 300)),
     _case("no blocks", (3, 0), **_WEIGHT),
 )
 
@@ -516,10 +526,11 @@ ENCODE_FP8 = register(
         cases=(
             *_SHAPES,
             _case("powers of two", (5, 257), power_of_two=True, **_ACTIVATIONS),
+            _case("strange values", (3, 5, 257), draw={"x": _strange}, **_ACTIVATIONS),
             _case("given scales", (130, 3), given=True, **_WEIGHT),
             _case("large values", (9, 65), gain={"x": 60.0}, **_ROWS),
             _case("small values", (9, 130), amax_floor=1e-4, gain={"x": 1e-7}, **_ACTIVATIONS),
-            _case("long rows", (64, 16400), large=True, **_ROWS),
+            _case("longer rows", (64, 16400), large=True, **_ROWS),
             _case("long tensor", (4097, 1025), large=True),
         ),
         bench=(
@@ -535,6 +546,7 @@ ENCODE_FP8 = register(
         flops=lambda case: 4 * _elements(case),
         traffic=_elements,
         other_bytes=lambda case: _elements(case) + 4 * _scales(case),
+        rivals={"eager": "effkit.rivals:fp8_encode_eager", "compiled": "effkit.rivals:fp8_encode_compiled"},
         draw={"x": _all_scales, "scale": lambda value: value.abs().exp().float()},
     )
 )
@@ -559,9 +571,9 @@ DECODE_FP8 = register(
             _case("long tensor", (4097, 1025), dtype=torch.bfloat16, large=True),
         ),
         bench=(
-            _case("weight 1k x 4k", (1024, 4096), dtype=torch.bfloat16, **_WEIGHT),
-            _case("weight 8k x 8k", (8192, 8192), dtype=torch.bfloat16, large=True, **_WEIGHT),
-            _case("activations 8k x 8k", (8192, 8192), dtype=torch.bfloat16, large=True, **_ACTIVATIONS),
+            _case("16 weights of 512 x 512", (16, 512, 512), dtype=torch.bfloat16, **_WEIGHT),
+            _case("16 weights of 2k x 2k", (16, 2048, 2048), dtype=torch.bfloat16, large=True, **_WEIGHT),
+            _case("activations 32 x 2k x 2k", (32, 2048, 2048), dtype=torch.bfloat16, large=True, **_ACTIVATIONS),
         ),
         grads=(),
         flops=_elements,
@@ -569,6 +581,7 @@ DECODE_FP8 = register(
         other_bytes=lambda case: (
             (1 + case.options.get("dtype", torch.float32).itemsize) * _elements(case) + 4 * _scales(case)
         ),
+        rivals={"eager": "effkit.rivals:fp8_decode_eager", "compiled": "effkit.rivals:fp8_decode_compiled"},
         draw={
             "codes": lambda value: (value.abs() * 1000).long().to(torch.uint8),
             "scale": lambda value: value.abs().exp().float(),
