@@ -38,7 +38,7 @@ from effkit.quant.kbit import (
     quantize_kbit,
 )
 from effkit.quant.nf4_linear import NF4Linear, linear_4bit
-from effkit.quant.smooth_swiglu import encode_smooth_fp8, merge_smooth_scales, smooth_swiglu
+from effkit.quant.smooth_swiglu import SmoothSwiGLU, encode_smooth_fp8, merge_smooth_scales, smooth_swiglu
 
 __all__ = [
     "FORMATS",
@@ -56,6 +56,7 @@ __all__ = [
     "Quantized4bit",
     "QuantizedFP8",
     "QuantizedKbit",
+    "SmoothSwiGLU",
     "adamw_fp8_step",
     "bits_per_parameter",
     "code_table",

@@ -21,11 +21,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.ops import Case, Op, register
-from effkit.quant.fp8 import FORMATS, encode_fp8_reference, to_fp8_codes
+from effkit.quant.fp8 import FORMATS, encode_fp8, encode_fp8_reference, to_fp8_codes
+from effkit.quant.fp8_linear import FP8Linear
+from effkit.quant.fp8_matmul import matmul_fp8
+from effkit.quant.fp8_training import FP8Recipe
 
 
 def smooth_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +152,123 @@ def merge_smooth_scales(up_weight: Tensor, down_weight: Tensor, channel_scale: T
         (up_weight * channel_scale[:, None]).to(up_weight.dtype),
         (down_weight / channel_scale).to(down_weight.dtype),
     )
+
+
+class SmoothSwiGLU(nn.Module):
+    """A gated MLP trained in FP8 whose hidden channels cannot spoil each other (arXiv 2409.12517).
+
+        y = Q4(s h) Q4(W_down / s)^T + b,    h, s = smooth_swiglu(gate_proj(x), up_proj(x))
+
+    hidden_size         channels of x and y
+    intermediate_size   channels of h
+    bias                whether the three projections have one
+    recipe              of gate_proj and up_proj, as of FP8Linear. The down projection has one scale for a tensor, found
+                        anew in each pass, for W_down / s and for dy; that of s h is a constant
+    gradient_format     of dy of the down projection, "e5m2" or "e4m3"
+
+    The projections have the names that they have in HuggingFace's Llama, and master weights in `dtype`. Gradients are
+    straight through: dh = s Q5(dy) Q4(W_down / s), dW_down = Q5(dy)^T Q4(s h) / s. Kept for them is one byte for each
+    element of h, beside gate and up.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool = False,
+        *,
+        recipe: FP8Recipe | str = "tensorwise",
+        gradient_format: str = "e5m2",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if gradient_format not in FORMATS:
+            raise ValueError(
+                f"SmoothSwiGLU: gradient_format is {gradient_format!r}, choices: {', '.join(map(repr, FORMATS))}"
+            )
+        self.gradient_format = gradient_format
+        self.gate_proj = FP8Linear(hidden_size, intermediate_size, bias, recipe=recipe, device=device, dtype=dtype)
+        self.up_proj = FP8Linear(hidden_size, intermediate_size, bias, recipe=recipe, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_module(
+        cls, mlp: nn.Module, *, recipe: FP8Recipe | str = "tensorwise", gradient_format: str = "e5m2"
+    ) -> SmoothSwiGLU:
+        """One with the parameters of a gated MLP with gate_proj, up_proj, down_proj and SiLU, such as Llama's.
+
+        The parameters themselves are taken over, so that an optimizer that knows them goes on; mode, device and dtype
+        stay.
+        """
+        gate: Any = getattr(mlp, "gate_proj", None)
+        up: Any = getattr(mlp, "up_proj", None)
+        down: Any = getattr(mlp, "down_proj", None)
+        if not all(isinstance(projection, nn.Linear) for projection in (gate, up, down)):
+            raise TypeError(
+                f"SmoothSwiGLU.from_module: mlp is {type(mlp).__name__}, expected linear layers gate_proj, up_proj and "
+                "down_proj"
+            )
+        probe = torch.linspace(-4, 4, 9)
+        if not torch.equal(getattr(mlp, "act_fn", F.silu)(probe), F.silu(probe)):
+            raise ValueError(f"SmoothSwiGLU.from_module: act_fn is {mlp.act_fn}, expected SiLU")
+        new = cls(1, 1, recipe=recipe, gradient_format=gradient_format, device="meta")
+        new.gate_proj = FP8Linear.from_module(gate, recipe=recipe)
+        new.up_proj = FP8Linear.from_module(up, recipe=recipe)
+        new.down_proj = down
+        return new.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, channel_scale = smooth_swiglu(self.gate_proj(x), self.up_proj(x))
+        return smooth_linear(h, channel_scale, self.down_proj.weight, self.down_proj.bias, self.gradient_format)
+
+
+def smooth_linear(
+    h: Tensor, channel_scale: Tensor, weight: Tensor, bias: Tensor | None = None, gradient_format: str = "e5m2"
+) -> Tensor:
+    """h [*N, C] W [D, C]^T + bias in FP8, with channels of h brought to one size and columns of W to their inverse.
+
+    y = Q4(s h) Q4(W / s)^T + b,    dh = s Q5(dy) Q4(W / s),    dW = Q5(dy)^T Q4(s h) / s,    db = sum dy
+    """
+    rows = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
+    y, _ = _SmoothLinear.apply(rows, channel_scale, weight, bias, gradient_format)
+    return y.reshape(*h.shape[:-1], weight.shape[0])
+
+
+class _SmoothLinear(torch.autograd.Function):
+    """Returns y and the codes of s h, which it keeps. In the backward products s is part of the scales of rows."""
+
+    @staticmethod
+    def forward(
+        h: Tensor, channel_scale: Tensor, weight: Tensor, bias: Tensor | None, gradient_format: str
+    ) -> tuple[Tensor, Tensor]:
+        codes, scale = encode_smooth_fp8(h, channel_scale)
+        return matmul_fp8(codes, scale, *encode_fp8(weight / channel_scale), bias, dtype=h.dtype), codes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, channel_scale, weight, bias, ctx.format = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(channel_scale, weight, output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        channel_scale, weight, codes = ctx.saved_tensors
+        dh = dweight = dbias = None
+        g, g_scale = encode_fp8(dy, format=ctx.format)
+        if ctx.needs_input_grad[0]:
+            w, w_scale = encode_fp8(weight / channel_scale)
+            scales = (w_scale * channel_scale)[:, None]
+            dh = matmul_fp8(g, g_scale, w.mT, scales, a_format=ctx.format, dtype=dy.dtype)
+        if ctx.needs_input_grad[2]:
+            scales = (1 / PEAK["e4m3"] / channel_scale)[:, None]
+            dweight = matmul_fp8(g.mT, g_scale, codes.mT, scales, a_format=ctx.format, dtype=weight.dtype)
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dh, None, dweight, dbias, None
 
 
 class _SmoothSwiGLU(torch.autograd.Function):
