@@ -451,7 +451,7 @@ def _checked_block(op: str, block: tuple[int, int] | None) -> tuple[int, int]:
 
 def _supports(block: tuple[int, int] | None, **arguments: Any) -> str | None:
     """Why the kernel cannot run, or None."""
-    if block is not None and math.prod(1 << (size - 1).bit_length() for size in block) > _MOST:
+    if block is not None and math.prod([1 << (size - 1).bit_length() for size in block]) > _MOST:
         return f"a block of {list(block)} is more than the {_MOST} elements that a program holds"
     return None
 
@@ -468,6 +468,11 @@ def _scales(case: Case) -> int:
 def _all_scales(value: Tensor) -> Tensor:
     """Values from 1e-10 to 1e3: every exponent of both formats, and what rounds to 0."""
     return value**5
+
+
+def _finite_codes(value: Tensor) -> Tensor:
+    """Codes of both signs that are finite in both formats."""
+    return ((value.abs() * 1000).long() % 0x7C + 0x80 * (value < 0)).to(torch.uint8)
 
 
 def _strange(value: Tensor) -> Tensor:
@@ -583,7 +588,7 @@ DECODE_FP8 = register(
         ),
         rivals={"eager": "effkit.rivals:fp8_decode_eager", "compiled": "effkit.rivals:fp8_decode_compiled"},
         draw={
-            "codes": lambda value: (value.abs() * 1000).long().to(torch.uint8),
+            "codes": _finite_codes,
             "scale": lambda value: value.abs().exp().float(),
         },
     )
