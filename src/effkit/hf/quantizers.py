@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import effkit
 from effkit.change import Edit, Size, remember
+from effkit.hf.experts import QuantizedExperts
 from effkit.quant.config import (
     DequantizeConfig,
     FP8Config,
@@ -134,6 +135,7 @@ class Quantizer(HfQuantizer):
             for _, _, tensors in quantized_weights(module).values():
                 for tensor in tensors:  # transformers lets every float parameter that it loads take gradients
                     tensor.requires_grad_(False)
+        _keep_experts_stacked(model)
         edit = Edit(list(self.layers), None, "the original weights were not kept as the model was loaded")
         remember(model, self.change, edit, self.size)
         return model
@@ -187,7 +189,7 @@ def say(model: PreTrainedModel, config: QuantizationConfig | None) -> dict[str, 
 
     They can tell of one quantisation. A model with a second one can be saved by effkit.save alone.
     """
-    before = {name: value for name, value in vars(model).items() if name in _ATTRIBUTES}
+    before = {name: value for name, value in vars(model).items() if name in (*_ATTRIBUTES, _CONVERSIONS)}
     before["quantization_config"] = getattr(model.config, "quantization_config", None)
     quantizer = None
     if config is not None:
@@ -198,6 +200,7 @@ def say(model: PreTrainedModel, config: QuantizationConfig | None) -> dict[str, 
                 "choices: effkit.save"
             )
     _say(model, quantizer)
+    _keep_experts_stacked(model)
     return before
 
 
@@ -206,7 +209,8 @@ def say_again(model: PreTrainedModel, before: dict[str, Any]) -> None:
     _say(model, None)
     if before["quantization_config"] is not None:
         model.config.quantization_config = before["quantization_config"]
-    vars(model).update({name: value for name, value in before.items() if name in _ATTRIBUTES})
+    vars(model).pop(_CONVERSIONS, None)
+    vars(model).update({name: value for name, value in before.items() if name in (*_ATTRIBUTES, _CONVERSIONS)})
 
 
 def _say(model: Any, quantizer: Quantizer | None) -> None:
@@ -219,6 +223,16 @@ def _say(model: Any, quantizer: Quantizer | None) -> None:
         model.quantization_method = quantizer.quantization_config.quant_method
 
 
+def _keep_experts_stacked(model: Any) -> None:
+    """Has quantised experts saved as the stacked parameters they are.
+
+    transformers would split them into the files' one weight for each expert, which scales cannot follow.
+    """
+    if any(isinstance(module, QuantizedExperts) for module in model.modules()):
+        setattr(model, _CONVERSIONS, [])
+
+
+_CONVERSIONS = "_weight_conversions"  # between the names in a file and those in the model, undone on saving
 _ATTRIBUTES = ("hf_quantizer", "is_quantized", "quantization_method")
 _OF_CHANGE: dict[type[QuantizationConfig], type[_ModelConfig]] = {
     NF4Config: NF4QuantizationConfig,

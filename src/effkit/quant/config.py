@@ -277,8 +277,8 @@ def dequantize(model: nn.Module, config: DequantizeConfig, data: Iterable[Any] |
     if not old:
         raise no_match("DequantizeConfig", ("NF4Linear",), (type(module).__name__ for module in model.modules()))
     new = {name: dense_of(module) for name, module in _once(old).items()}
-    said = resolve("effkit.hf.quantizers:say")(model, None) if _is_huggingface(model) else None
     replace(model, new)
+    said = resolve("effkit.hf.quantizers:say")(model, None) if _is_huggingface(model) else None
     return Edit(list(old), _Restore(model, old, said), "" if config.keep_original else _GONE)
 
 
@@ -390,8 +390,8 @@ def _replace(
     noise: dict[str, float],
 ) -> QuantizationEdit:
     """Puts the new modules in place and says what that did."""
-    said = resolve("effkit.hf.quantizers:say")(model, config) if config.stores and _is_huggingface(model) else None
     replace(model, new)
+    said = resolve("effkit.hf.quantizers:say")(model, config) if config.stores and _is_huggingface(model) else None
     notes: dict[str, Any] = {}
     parts = [part for module in new.values() for part in quantized_weights(module).values()]
     if parts:
