@@ -110,7 +110,7 @@ _TILES = {
     (90, 2): Tile(64, 128, 4, 3), (90, 4): Tile(32, 64, 4, 2),
     (100, 2): Tile(64, 128, 4, 3), (100, 4): Tile(32, 64, 4, 2),
 }  # fmt: skip
-_INTERPRETED = Tile(32, 64, 4, 1)  # several rows of tiles and several splits at the sizes of tests
+_INTERPRETED = Tile(64, 128, 4, 1)  # several rows of tiles and several splits at the sizes of tests
 _COMBINED = 1024
 
 
