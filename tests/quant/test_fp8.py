@@ -219,7 +219,7 @@ class TestScales:
     @granularities
     def test_powers_of_two(self, backend: str, format: str, how: dict[str, Any]) -> None:
         """The least power of two that does not overflow; dividing by it is exact, so no element is rounded twice."""
-        x = draw(130, 129) ** 5
+        x = draw(130, 40) ** 5
         codes, scale = encode_fp8(x, format=format, power_of_two=True, backend=backend, **how)
         _, exact = encode_fp8(x, format=format, backend=backend, **how)
         assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
@@ -378,9 +378,10 @@ class TestQuality:
         assert max(found) - min(found) <= 1
 
     def test_powers_of_two_are_nearly_free(self) -> None:
-        """The relative step of a float does not depend on its exponent, so moving the exponent costs nothing much."""
+        """The relative step of a float hardly depends on its exponent. What is lost is that each maximum was exact."""
         exact, powers = self.of(self.gaussian), self.of(self.gaussian, power_of_two=True)
         assert round(exact) - round(powers) <= 1
+        assert self.of(self.heavy, **ACTIVATIONS) > self.of(self.heavy, power_of_two=True, **ACTIVATIONS)
 
     @pytest.mark.parametrize("how", [{}, ROW], ids=["tensor", "row"])
     def test_an_outlier_channel_is_absorbed_by_the_exponent(self, how: dict[str, Any]) -> None:
@@ -394,6 +395,7 @@ class TestQuality:
         fp8 = sqnr(x[:, others], round_trip(x, **how)[:, others])
         assert round(alone) - round(fp8) <= 1
         assert sqnr(x[:, others], int8[:, others]) < 1
+        assert sqnr(x, int8) > alone  # over all channels nothing of that shows
 
     def test_larger_outliers_need_finer_scales(self) -> None:
         others = torch.arange(512) != 7

@@ -11,9 +11,9 @@ Cost: four operations an element; encoding reads x (twice where one scale has mo
 writes one byte, decoding the other way round.
 
 When not to use it, and what is known to lose:
-* Finer scales buy little: a float absorbs outliers by its own exponent. On Gaussian data all granularities are within
-  0.3 dB; with one channel 3000 times as large as the others e4m3 with a single scale still is, while int8 has lost
-  everything. From 10^4 on blocks are worth their scales.
+* Finer scales buy little: a float absorbs outliers by its own exponent. On Gaussian data all granularities are within a
+  decibel. One channel 3000 times as large costs the others less than that with a single scale, while int8 loses them.
+  Beyond that, and for heavy tails, finer scales are worth their bytes.
 * e5m2 has one bit of precision less, which is 6 dB: it is for gradients, whose range is wide and whose errors average.
 * An infinity or NaN among the elements of a scale leaves that scale at 1, as Transformer Engine does: NaN stays to be
   seen, but finite neighbours beyond fmax saturate.
