@@ -257,7 +257,11 @@ class FP8Linear(nn.Linear):
     def dequantize(self) -> nn.Linear:
         """A dense layer with the same bias and the weight as it now stands, in this layer's dtype."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.dtype)
-        dense.weight = nn.Parameter(dequantize_fp8(self.quantized())) if self.recipe is None else self.weight
+        if self.recipe is not None:
+            dense.weight = self.weight
+        else:  # float64 has no rounding left to do
+            dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+            dense.weight = nn.Parameter(dequantize_fp8(self.quantized(), dtype=dtype).to(self.dtype))
         dense.bias = self.bias
         return dense.train(self.training)
 
@@ -266,7 +270,8 @@ class FP8Linear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.recipe is not None:
             return training_linear(x, self.weight, self.bias, self.recipe, self.delayed)
-        return linear_fp8(x, self.weight, self.weight_scale_inv, self.bias, activation=self.activation)
+        scale: Any = self.weight_scale_inv
+        return linear_fp8(x, self.weight, scale, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         how = f"granularity={self.granularity!r}, activation={self.activation!r}, format={self.format!r}"
@@ -381,6 +386,11 @@ def _tokens(case: Case) -> int:
     return math.prod(sizes["*N"])
 
 
+def _inputs_and_results(case: Case) -> int:
+    sizes: Any = case.sizes
+    return _tokens(case) * (sizes["M"] + sizes["K"])
+
+
 def _weights(case: Case) -> int:
     sizes: Any = case.sizes
     return sizes["M"] * sizes["K"]
@@ -388,9 +398,10 @@ def _weights(case: Case) -> int:
 
 def _case(name: str, n: tuple[int, ...], m: int, k: int, scales: str = "block", **options: Any) -> Case:
     """A case whose weight has this granularity, with a bias unless given=()."""
-    fields = {key: options.pop(key) for key in ("given", "layout", "large", "gain") if key in options}
+    fields: dict[str, Any] = {"given": ("bias",)}
+    fields |= {key: options.pop(key) for key in ("given", "layout", "large", "gain") if key in options}
     shape = {"tensor": (), "row": (m, 1), "block": (-(-m // BLOCK), -(-k // BLOCK))}[scales]
-    return Case(name, {"*N": n, "M": m, "K": k, "*S": shape}, options, **{"given": ("bias",)} | fields)
+    return Case(name, {"*N": n, "M": m, "K": k, "*S": shape}, options, **fields)
 
 
 LINEAR_FP8 = register(
@@ -434,7 +445,7 @@ LINEAR_FP8 = register(
         rivals={"dense": "effkit.rivals:dense_linear_of_fp8"},
         grads=("x", "bias"),
         flops=lambda case: 2 * _tokens(case) * _weights(case),
-        traffic=lambda case: _tokens(case) * (case.sizes["M"] + case.sizes["K"]),  # type: ignore[operator]
+        traffic=_inputs_and_results,
         other_bytes=_weights,
         draw={"weight": codes_of_normal, "weight_scale": scales_of_normal},
     )

@@ -102,9 +102,15 @@ class DelayedScaling(nn.Module):
     several in a step (accumulated gradients) leaves what is due. `update` ends the step.
     """
 
+    scale: Tensor
+    input_amax: Tensor
+    weight_amax: Tensor
+    gradient_amax: Tensor
+
     def __init__(self, recipe: FP8Recipe, device: torch.device | str | None = None) -> None:
         super().__init__()
-        assert recipe.amax_history is not None
+        if recipe.amax_history is None:
+            raise ValueError(f"DelayedScaling: {recipe} has no amax_history")
         self.recipe = recipe
         self.register_buffer("scale", torch.empty(3, device=device, dtype=torch.float32))
         for name in ("input_amax", "weight_amax", "gradient_amax"):
@@ -137,7 +143,12 @@ class DelayedScaling(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> DelayedScaling:
         """Moves, but casts nothing."""
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 def update_fp8_scales(model: nn.Module) -> None:
@@ -176,7 +187,8 @@ def training_linear(
             raise_amax(delayed.input_amax, x)
             raise_amax(delayed.weight_amax, weight)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _TrainingLinear.apply(rows, weight, bias, scale, gradient_amax, recipe, torch.is_grad_enabled())[0]
+    keep = torch.is_grad_enabled() and weight.requires_grad
+    y = _TrainingLinear.apply(rows, weight, bias, scale, gradient_amax, recipe, keep)[0]
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
