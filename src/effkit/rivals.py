@@ -240,6 +240,62 @@ def dyt_liger(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = No
     return liger_dyt(x, alpha.reshape(1), weight, bias)
 
 
+def _no_bitsandbytes(quant_type: str = "nf4", codebook: Tensor | None = None, **_: Any) -> str | None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if codebook is not None and len(codebook) != 256:
+        return "takes codebooks of 256 entries"
+    return "has no int4" if quant_type == "int4" else None
+
+
+@rival(_no_bitsandbytes)
+def bitsandbytes_encode_4bit(x: Tensor, *, block_size: int = 64, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
+    """What bitsandbytes has for the device: CUDA; on a CPU torch operations."""
+    quantize = resolve("bitsandbytes.functional:quantize_4bit")
+    packed, state = quantize(x, blocksize=block_size, quant_type=quant_type)
+    return packed.flatten(), state.absmax
+
+
+@rival(_no_bitsandbytes)
+def bitsandbytes_decode_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 64,
+    quant_type: str = "nf4",
+) -> Tensor:
+    """What bitsandbytes has for the device: CUDA; on a CPU C++ with vector instructions."""
+    state = resolve("bitsandbytes.functional:QuantState")(
+        absmax=absmax, shape=torch.Size(shape), dtype=dtype, blocksize=block_size, quant_type=quant_type
+    )
+    return resolve("bitsandbytes.functional:dequantize_4bit")(packed[:, None], state)
+
+
+@rival(_no_bitsandbytes)
+def bitsandbytes_encode_kbit(x: Tensor, codebook: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Its 8-bit quantisation in blocks. On a CPU it rounds by a table, and is one code off now and then."""
+    codes, state = resolve("bitsandbytes.functional:quantize_blockwise")(x, codebook, blocksize=block_size)
+    return codes, state.absmax
+
+
+@rival(_no_bitsandbytes)
+def bitsandbytes_decode_kbit(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 64,
+) -> Tensor:
+    """Its 8-bit dequantisation in blocks."""
+    state = resolve("bitsandbytes.functional:QuantState")(
+        absmax=absmax, code=codebook, dtype=dtype, blocksize=block_size
+    )
+    return resolve("bitsandbytes.functional:dequantize_blockwise")(codes, state)
+
+
 def _dyt(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = torch.tanh(alpha * x)
     y = y if weight is None else weight * y
@@ -391,16 +447,14 @@ def _levels(t: int, device: torch.device) -> Tensor:
     return torch.frexp((index[:, None] ^ index).float()).exponent.long().tril()
 
 
-def _no_bitsandbytes(weight: Tensor, *, quant_type: str = "nf4", **arguments: Any) -> str | None:
+def _no_bitsandbytes_linear(**arguments: Any) -> str | None:
     """Reason against bitsandbytes' 4-bit product, whose scales are those of effkit where they are not quantised."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
-    if quant_type == "int4" or arguments.get("nested_absmax") is not None:
-        return "int4 has no counterpart there, nested scales have other codes"
-    return None
+    if arguments.get("nested_absmax") is not None:
+        return "its nested scales have other codes"
+    return _no_bitsandbytes(**arguments)
 
 
-@rival(_no_bitsandbytes)
+@rival(_no_bitsandbytes_linear)
 def bitsandbytes_linear_4bit(
     x: Tensor,
     weight: Tensor,

@@ -60,7 +60,7 @@ def bench(
             if save:
                 timing.append(report.rows)
             bar.update(task, advance=1, refresh=True)
-        for op in dict.fromkeys(op for op, _ in work):
+        for op in {op.name: op for op, _ in work}.values():
             if lengths := timing.at_lengths(op, [case for other, case in work if other is op]):
                 tell = lambda what: bar.update(task, description=what, refresh=True)  # noqa: E731
                 grown = timing.run_lengths(
