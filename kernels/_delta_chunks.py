@@ -179,21 +179,78 @@ def _delta_memories(
     store_block(last_ptr + bh * K * V + v, V, K, V - v, memory, BLOCK_K, BLOCK_V)
 
 
+@triton.jit
+def begin(
+    first_ptr, last_ptr, at, n_columns, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Puts the first memory, or zeros, where the running one is kept, tile by tile."""
+    for k in range(0, K, BLOCK_K):
+        memory = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if first_ptr is not None:
+            memory = load_block(first_ptr + at + k * V, V, 1, K - k, n_columns, BLOCK_K, BLOCK_V)
+        store_block(last_ptr + k * V, V, K - k, n_columns, memory, BLOCK_K, BLOCK_V)
+    tl.debug_barrier()
+
+
+# The same where the memory of all keys does not fit into registers: it stays in last_ptr, BLOCK_K keys in a tile.
+@triton.jit(do_not_specialize=LENGTHS)
+def _delta_memories_in_tiles(
+    k_ptr, c_ptr, values_ptr, erasures_ptr, first_ptr, memories_ptr, last_ptr,
+    stride_kb, stride_kh, stride_kt, T, N, H, k_group,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, _, _, v = locate(1, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
+    bh = b * H + h
+    k_ptr += b * stride_kb + h // k_group * stride_kh
+    last_ptr += bh * K * V + v
+    begin(first_ptr, last_ptr, bh * K * V + v, V - v, K, V, BLOCK_K, BLOCK_V)
+    for n in range(N):
+        start = tl.cast(n, tl.int64) * C
+        row = bh * T + start
+        n_rows = T - start
+        memory_ptr = memories_ptr + (bh * N + n) * K * V + v
+        values = load_block(values_ptr + row * V + v, V, 1, n_rows, V - v, C, BLOCK_V)
+        for k in range(0, K, BLOCK_K):
+            memory = load_block(last_ptr + k * V, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            store_block(memory_ptr + k * V, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+            values -= dot(load_block(erasures_ptr + row * K + k, K, 1, n_rows, K - k, C, BLOCK_K), memory)
+        store_block(values_ptr + row * V + v, V, n_rows, V - v, values, C, BLOCK_V)
+        decay = 1.0
+        if c_ptr is not None:
+            chunk_ptr = c_ptr + (bh * N + n) * 2 * C
+            decay = across(chunk_ptr, C)
+            values *= to_end(chunk_ptr, C)[:, None]
+        tl.debug_barrier()  # all have read what is written next
+        for k in range(0, K, BLOCK_K):
+            memory = load_block(last_ptr + k * V, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            keys = load_block(k_ptr + start * stride_kt + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
+            memory = dot(tl.trans(keys), values, decay * memory)
+            tl.debug_barrier()
+            store_block(last_ptr + k * V, V, K - k, V - v, memory, BLOCK_K, BLOCK_V)
+        tl.debug_barrier()  # the next chunk may read what another thread of the program wrote
+
+
 # The largest tiles that compile without spills, not timed on a device; those for 80 fit into the 99 KiB of its smaller
 # relatives. Where a program holds all keys of a head, few columns of values leave more programs to run side by side.
 EVERY = tuple(itertools.product((80, 90, 100), WIDTHS))
 SINGLE: ChunkTable = {(*key, 4): Tile(32, 32, 8, 1) for key in EVERY}
 SYSTEM: ChunkTable = SINGLE | {(*key, 2): Tile(64, 64, 4, 2) for key in EVERY}
+TILES = Tile(32, 32, 8, 1)  # where the memory is worked on tile by tile
 MEMORIES: ChunkTable = (
-    {(arch, width, 4): Tile(width, 16, 8, 1) for arch, width in EVERY}
+    {(arch, width, 4): Tile(width, 16, 8, 1) if width <= 64 else TILES for arch, width in EVERY}
     | {(arch, width, 2): Tile(width, 32, 4, 2) for arch, width in EVERY}
     | {(arch, 256, 2): Tile(256, 32, 8, 2) for arch in (80, 90, 100)}
 )
 
 
+def in_tiles(q: Tensor) -> bool:
+    """Whether registers are too few for the memory of all keys: its products in float32 take several times as many."""
+    return q.dtype == torch.float32 and q.shape[3] > 64
+
+
 def whole(tile: Tile, q: Tensor) -> Tile:
-    """The tile with all keys of a head."""
-    return tile._replace(BLOCK_K=max(16, triton.next_power_of_2(q.shape[3])))
+    """The tile with all keys of a head, unless they are worked on tile by tile."""
+    return TILES if in_tiles(q) else tile._replace(BLOCK_K=max(16, triton.next_power_of_2(q.shape[3])))
 
 
 class Chunks:
@@ -230,7 +287,8 @@ class Chunks:
         """The memory before each chunk; fills last, and makes values of writes, in place."""
         memories = empty_memory(self.q, self.v, self.H, self.N, dtype=self.k.dtype)
         tile = whole(pick(MEMORIES, self.q, self.v), self.q)
-        _delta_memories[self.B * self.H * triton.cdiv(self.V, tile.BLOCK_V),](
+        kernel = _delta_memories_in_tiles if in_tiles(self.q) else _delta_memories
+        kernel[self.B * self.H * triton.cdiv(self.V, tile.BLOCK_V),](
             self.k, self.c, values, erasures, self.first, memories, last, *strides(self.k),
             k_group=self.H // self.k.shape[1], **self.sizes, **tile._asdict(),
         )  # fmt: skip

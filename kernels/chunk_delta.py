@@ -230,5 +230,8 @@ def aot_specs() -> Iterator[AotSpec]:
                 yield build(kernel, arch, table[key], width, dtype, variant, float32=_FLOAT32, absent=absent)
             output, tile = chunk_scan._chunk_output, OUTPUT[key]
             yield build(output, arch, tile, width, dtype, f"{variant}-values", float32=("v_ptr",), absent=absent)
+        for kernel in (chunks._delta_memories_in_tiles, backward._delta_dmemories_in_tiles):
+            for width in (128, 256)[: 2 if arch == 80 else 1]:
+                yield build(kernel, arch, chunks.TILES, width, "fp32", "gated", float32=_FLOAT32)
         column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
         yield build(_delta_recurrence, arch, column, 128, "bf16", "gated", float32=_FLOAT32, products=False)

@@ -24,7 +24,7 @@ from effkit.kernels._chunk_tiles import (
     weighted,
 )
 from effkit.kernels._common import cast, dot, unit_stride
-from effkit.kernels._delta_chunks import EVERY, MEMORIES, SYSTEM, Chunks, below_diagonal, whole
+from effkit.kernels._delta_chunks import EVERY, MEMORIES, SYSTEM, Chunks, begin, below_diagonal, in_tiles, whole
 from effkit.kernels._recurrent_ops import empty_memory, for_each_head, groups, strides, sum_heads
 from effkit.kernels.chunk_scan import _key_gradient as key_gradient
 from effkit.kernels.chunk_scan import _locate as locate
@@ -93,6 +93,54 @@ def _delta_dmemories(
         dmemory = dot(tl.trans(queries), cast(do, dtype), dmemory)
         dmemory = dot(tl.trans(erasures), cast(-dvalues, dtype), dmemory)
     store_block(dfirst_ptr + bh * K * V + v, V, K, V - v, dmemory, BLOCK_K, BLOCK_V)
+
+
+# The same where the gradient of the memory of all keys does not fit into registers: it stays in dfirst_ptr.
+@triton.jit(do_not_specialize=LENGTHS)
+def _delta_dmemories_in_tiles(
+    q_ptr, k_ptr, c_ptr, do_ptr, erasures_ptr, dvalues_ptr, dlast_ptr, dmemories_ptr, dfirst_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_dob, stride_doh, stride_dot,
+    T, N, H, q_group, k_group, scale,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    b, h, _, _, v = locate(1, H, BLOCK_K, V, BLOCK_K, BLOCK_V)
+    bh = b * H + h
+    q_ptr += b * stride_qb + h // q_group * stride_qh
+    k_ptr += b * stride_kb + h // k_group * stride_kh
+    do_ptr += b * stride_dob + h * stride_doh + v
+    dfirst_ptr += bh * K * V + v
+    begin(dlast_ptr, dfirst_ptr, bh * K * V + v, V - v, K, V, BLOCK_K, BLOCK_V)
+    for m in range(N):
+        n = N - 1 - m
+        start = tl.cast(n, tl.int64) * C
+        row = bh * T + start
+        n_rows = T - start
+        dmemory_ptr = dmemories_ptr + (bh * N + n) * K * V + v
+        dvalues = tl.zeros([C, BLOCK_V], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            dmemory = load_block(dfirst_ptr + k * V, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            store_block(dmemory_ptr + k * V, V, K - k, V - v, dmemory, BLOCK_K, BLOCK_V)
+            keys = load_block(k_ptr + start * stride_kt + k, stride_kt, 1, n_rows, K - k, C, BLOCK_K)
+            dvalues = dot(keys, dmemory, dvalues)
+        do = scale * load_block(do_ptr + start * stride_dot, stride_dot, 1, n_rows, V - v, C, BLOCK_V)
+        decay = 1.0
+        if c_ptr is not None:
+            chunk_ptr = c_ptr + (bh * N + n) * 2 * C
+            decay = across(chunk_ptr, C)
+            dvalues *= to_end(chunk_ptr, C)[:, None]
+            do *= from_start(chunk_ptr, C)[:, None]
+        dvalues += load_block(dvalues_ptr + row * V + v, V, 1, n_rows, V - v, C, BLOCK_V)
+        store_block(dvalues_ptr + row * V + v, V, n_rows, V - v, dvalues, C, BLOCK_V)
+        tl.debug_barrier()  # all have read what is written next
+        for k in range(0, K, BLOCK_K):
+            dmemory = decay * load_block(dfirst_ptr + k * V, V, 1, K - k, V - v, BLOCK_K, BLOCK_V)
+            queries = load_block(q_ptr + start * stride_qt + k, stride_qt, 1, n_rows, K - k, C, BLOCK_K)
+            dmemory = dot(tl.trans(queries), do, dmemory)
+            erasures = load_block(erasures_ptr + row * K + k, K, 1, n_rows, K - k, C, BLOCK_K)
+            dmemory = dot(tl.trans(erasures), -dvalues, dmemory)
+            tl.debug_barrier()
+            store_block(dfirst_ptr + k * V, V, K - k, V - v, dmemory, BLOCK_K, BLOCK_V)
+        tl.debug_barrier()  # the next chunk may read what another thread of the program wrote
 
 
 # One program owns a chunk of one head. It takes the gradient of the values back through the inverse, to X, and from
@@ -266,7 +314,8 @@ def backward(
             q_group=q_group, k_group=k_group, scale=scale, **sizes, **tile._asdict(),
         )  # fmt: skip
         tile = whole(pick(DMEMORIES, q, v), q)
-        _delta_dmemories[call.B * call.H * triton.cdiv(call.V, tile.BLOCK_V),](
+        kernel = _delta_dmemories_in_tiles if in_tiles(q) else _delta_dmemories
+        kernel[call.B * call.H * triton.cdiv(call.V, tile.BLOCK_V),](
             q, k, c, do, erasures, dvalues, dlast, dmemories, dfirst, *strides(q, k, do),
             q_group=q_group, k_group=k_group, scale=scale, **sizes, **tile._asdict(),
         )  # fmt: skip
