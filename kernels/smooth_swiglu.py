@@ -55,7 +55,7 @@ def _smooth_scale(partials_ptr, scale_ptr, n_stripes, C, BLOCK_C: tl.constexpr):
     for stripe in range(n_stripes):
         amax = tl.maximum(amax, tl.load(partials_ptr + stripe * C + channels, mask=channels < C, other=0))
     ceiling = (amax + 0x7FFFFF) >> 23
-    bits = tl.minimum(tl.maximum(254 - ceiling, 1), 254) << 23
+    bits = tl.maximum(254 - ceiling, 1) << 23
     bits = tl.where((amax == 0) | (amax >= 0x7F800000), 127 << 23, bits)
     tl.store(scale_ptr + channels, bits.to(tl.float32, bitcast=True), mask=channels < C)
 

@@ -43,12 +43,11 @@ def smooth_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def smooth_scale(amax: Tensor) -> Tensor:
     """2 ** -ceil(log2 amax) in float32 for each channel: amax times it is in (1/2, 1].
 
-    1 where amax is 0, infinite or NaN. Exponents stay within those of normal numbers, -126 to 127, so that the inverse
-    is one, too, or 2 ** -127.
+    1 where amax is 0, infinite or NaN. Exponents stay within -126 and 126, so that the inverse is a normal number, too.
     """
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2 ** exponent, mantissa in [1/2, 1)
     ceiling = exponent - (mantissa == 0.5).to(exponent.dtype)
-    scale = ((127 - ceiling).clamp(1, 254) << 23).view(torch.float32)
+    scale = ((127 - ceiling).clamp(1, 253) << 23).view(torch.float32)
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
 
 
