@@ -404,7 +404,7 @@ def _cut(x: Tensor, grid: Grid) -> Tensor:
 def _joined(tiles: Tensor, grid: Grid) -> Tensor:
     """What `_cut` cut, without what it filled up."""
     whole = tiles.reshape(grid.view[0], grid.blocks[0] * grid.block[0], grid.blocks[1] * grid.block[1])
-    return whole[:, : grid.view[1], : grid.view[2]]
+    return whole[:, : grid.view[1], : grid.view[2]].contiguous()
 
 
 def _checked(
@@ -475,10 +475,19 @@ def _finite_codes(value: Tensor) -> Tensor:
     return ((value.abs() * 1000).long() % 0x7C + 0x80 * (value < 0)).to(torch.uint8)
 
 
+def _halves(value: Tensor) -> Tensor:
+    """Integers, of which e4m3 has every second, fourth or eighth from 16 on: many lie halfway."""
+    return (64 * value).round()
+
+
+def _ones(value: Tensor) -> Tensor:
+    return torch.ones(value.shape)
+
+
 def _strange(value: Tensor) -> Tensor:
     """Zeros of both signs, denormals, and infinities and NaN among ordinary values."""
     spoilt = value[2].clone()
-    spoilt[1, ::50], spoilt[2, ::50], spoilt[3, 200] = math.inf, math.nan, -math.inf
+    spoilt[1, ::50], spoilt[2, ::50], spoilt[3, ::90], spoilt[4, 200] = math.inf, math.nan, -math.nan, -math.inf
     return torch.stack((value[0] * 0, value[1] * 1e-41, spoilt))
 
 
@@ -532,6 +541,8 @@ ENCODE_FP8 = register(
             *_SHAPES,
             _case("powers of two", (5, 257), power_of_two=True, **_ACTIVATIONS),
             _case("strange values", (3, 5, 257), draw={"x": _strange}, **_ACTIVATIONS),
+            _case("strange values, e5m2", (3, 5, 257), draw={"x": _strange}, format="e5m2", **_ACTIVATIONS),
+            _case("ties", (9, 130), given=True, draw={"x": _halves, "scale": _ones}, **_ROWS),
             _case("given scales", (130, 3), given=True, **_WEIGHT),
             _case("large values", (9, 65), gain={"x": 60.0}, **_ROWS),
             _case("small values", (9, 130), amax_floor=1e-4, gain={"x": 1e-7}, **_ACTIVATIONS),
