@@ -166,6 +166,16 @@ class TestQuantisedActivations:
         assert torch.equal(dx, torch.autograd.grad(plain, x, dy)[0])
 
     @in_the_ordinary_process
+    @pytest.mark.parametrize("activation", [None, *GRANULARITIES])
+    def test_mapped_over_a_batch(self, activation: str | None) -> None:
+        """vmap of the result, and of its gradient, is what each gives alone: a scale of a tensor is of one tensor."""
+        layer, xs = FP8Linear.from_module(dense(24, 150), activation=activation), draw(3, 5, 150)
+        xs[1] *= 100
+        assert_equivalent(lambda xs: torch.vmap(layer)(xs), lambda xs: torch.stack([layer(x) for x in xs]), (xs,), ())
+        slopes = torch.vmap(torch.func.grad(lambda x: layer(x).sum()))(xs)
+        assert torch.equal(slopes, slopes[:1, :1].expand(3, 5, 150))
+
+    @in_the_ordinary_process
     def test_rounding_x_costs_three_decibels(self) -> None:
         """Two operands with the error of one each: 10 log10 2 below the weight alone."""
         layer, x = dense(256, 1024), draw(64, 1024)

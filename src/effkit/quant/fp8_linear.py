@@ -347,6 +347,13 @@ class _QuantizedInput(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *gradients(ctx, dy), None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        if inputs[5] == "tensor" and in_dims[0] is not None and not any(dim is not None for dim in in_dims[1:]):
+            each = [_QuantizedInput.apply(x, *inputs[1:]) for x in inputs[0].movedim(in_dims[0], 0)]
+            return torch.stack(each), 0  # each has a scale of its own
+        return batched(_QuantizedInput.apply, info.batch_size, in_dims, inputs)
+
 
 def keep(ctx: Any, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str) -> None:
     """What `gradients` needs: neither x nor a decoded weight."""
