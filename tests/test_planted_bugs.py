@@ -68,6 +68,8 @@ DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = (
     "effkit/attention/deltanet.py",
     *(f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")),
 )
+FP8, FP8_TILES, FP8_KERNEL = "effkit/quant/fp8.py", "effkit/kernels/_fp8.py", "effkit/kernels/fp8.py"
+LINEAR_4BIT, LINEAR_4BIT_KERNEL = "effkit/quant/nf4_linear.py", "effkit/kernels/linear_4bit.py"
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -293,6 +295,53 @@ BUGS = (
                 ("primes",)),
             Bug("sums run forward", LINEAR_KERNEL, "n = N - 1 - place", "n = place", ("several chunks",)),
             Bug("token missing from its own sum", CHUNK_SCAN, "key_sum += k", "key_sum += 0 * k", ("one",)),
+        )
+    ),
+    Bug("cast does not saturate", FP8, "v.clamp(-largest, largest).to(F", "v.to(F", ("strange values, e5m2",),
+        "encode_fp8"),
+    Bug("NaN keeps its sign", FP8, "return codes - (", "return codes - 0 * (", ("strange values",), "encode_fp8"),
+    Bug("denormals divide to infinity", FP8, ".max).clamp(min=2.0**-126)", ".max)", ("strange values",), "encode_fp8"),
+    Bug("power of two rounded down", FP8, " + 0x7FFFFF) >> 23", ") >> 23", ("powers of two",), "encode_fp8"),
+    Bug("sign left in the exponent", FP8, " << 7 & ~0x4000", " << 7", ("rows",), "decode_fp8"),
+    Bug("ties away from zero", FP8_TILES, "((bits >> CUT) & 1)", "1", ("ties",), "encode_fp8", "triton"),
+    Bug("subnormals not rounded", FP8_TILES, "(size < LEAST, subnormal", "(size < 0, subnormal", ("rows",),
+        "encode_fp8", "triton"),
+    Bug("each row of a block for itself", FP8_KERNEL, "amax = tl.max(amax, 0) + tl.zeros([TILE_R],",
+        "amax += tl.zeros([TILE_R],", ("weight",), "encode_fp8", "triton"),
+    Bug("block sees its neighbour", FP8_KERNEL, "(column_in_group < width) & (columns < C)", "(columns < C)",
+        ("wide blocks",), "encode_fp8", "triton"),
+    Bug("stripe ends early", FP8_KERNEL, "own * steps + steps)", "own * steps + 1)", ("long rows",), "encode_fp8",
+        "triton"),
+    Bug("scale of another block", FP8_KERNEL, "rows // BLOCK_ROWS) * across", "rows // BLOCK_ROWS)", ("weight",),
+        "decode_fp8", "triton"),
+    *(
+        replace(bug, op="linear_4bit")
+        for bug in (
+            Bug("columns of the first piece", LINEAR_4BIT, "slice(columns.start // 2, columns.stop // 2)",
+                "slice(0, (columns.stop - columns.start) // 2)", ("several pieces",)),
+            Bug("bias of the first piece", LINEAR_4BIT, "else bias[rows]", "else bias[: rows.stop - rows.start]",
+                ("several pieces",)),
+            Bug("bytes taken for scales", LINEAR_4BIT,
+                "absmax = decode_scales(absmax.flatten(), nested_absmax, nested_offset).view_as(absmax)",
+                "absmax = absmax.float()", ("double quantised",)),
+            Bug("mean of the tokens", LINEAR_4BIT, ".sum(0, dtype=wide)", ".mean(0, dtype=wide)", ("primes",)),
+        )
+    ),
+    *(
+        replace(bug, op="linear_4bit", backend="triton")
+        for bug in (
+            Bug("low half first", LINEAR_4BIT_KERNEL, "_decoded(packed >> 4, scale", "_decoded(packed & 15, scale",
+                ("primes",)),
+            Bug("scale of the step", LINEAR_4BIT_KERNEL, "((k + starts) // BLOCK_SIZE)",
+                "((k + 0 * starts) // BLOCK_SIZE)", ("primes",)),
+            Bug("mean scale left out", LINEAR_4BIT_KERNEL, "* nested + tl.load(nested_offset_ptr)", "* nested",
+                ("double quantised",)),
+            Bug("last share not added", LINEAR_4BIT_KERNEL, "in range(n_splits)", "in range(n_splits - 1)",
+                ("several shares",)),
+            Bug("share ends early", LINEAR_4BIT_KERNEL, "split * share + share, K)", "split * share + BLOCK_K, K)",
+                ("several shares",)),
+            Bug("bias in every share", LINEAR_4BIT_KERNEL, "bias if n_splits == 1 else None", "bias",
+                ("several shares",)),
         )
     ),
 )  # fmt: skip
