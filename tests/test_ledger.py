@@ -32,7 +32,7 @@ def test_exported_where_the_ledger_says(op: Op) -> None:
 
 
 # What a public function may deal with before it calls a backend.
-BY_THE_FRONT = {"cu_seqlens", "return_state", "feature_map", "key_lengths"}
+BY_THE_FRONT = {"cu_seqlens", "return_state", "feature_map", "key_lengths", "activation"}
 
 
 @every_op

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.ops import INTERPRET, get_op
-from effkit.quant import FP8Linear, decode_fp8, encode_fp8, linear_fp8, matmul_fp8, quantize_fp8
+from effkit.quant import FP8Linear, decode_fp8, dequantize_fp8, encode_fp8, linear_fp8, matmul_fp8, quantize_fp8
 from effkit.quant.fp8_matmul import matmul_fp8_reference, scaled_mm
 from effkit.testing import assert_equivalent, make_inputs
 
@@ -171,7 +171,15 @@ class TestQuantisedActivations:
         """vmap of the result, and of its gradient, is what each gives alone: a scale of a tensor is of one tensor."""
         layer, xs = FP8Linear.from_module(dense(24, 150), activation=activation), draw(3, 5, 150)
         xs[1] *= 100
-        assert_equivalent(lambda xs: torch.vmap(layer)(xs), lambda xs: torch.stack([layer(x) for x in xs]), (xs,), ())
+        block = (1, 128) if activation == "block" else None
+        seen = xs if activation is None else [dequantize_fp8(quantize_fp8(x, activation, block=block)) for x in xs]
+        weight, bias = layer.dequantize().weight.detach(), layer.bias.detach()
+        assert_equivalent(
+            lambda *_: torch.vmap(layer)(xs).detach(),
+            lambda *each: torch.stack([F.linear(x, *each[3:]) for x in each[:3]]),
+            (*seen, weight, bias),
+            grads=False,
+        )
         slopes = torch.vmap(torch.func.grad(lambda x: layer(x).sum()))(xs)
         assert torch.equal(slopes, slopes[:1, :1].expand(3, 5, 150))
 

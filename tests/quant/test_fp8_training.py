@@ -309,7 +309,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_a_model_learns_as_in_float32(recipe: str) -> None:
-    """Two layers on data that never repeats: the loss falls to less than a fifth, and ends within 5 % of that of float32.
+    """Two layers on data that never repeats: the loss falls to a fifth, and ends within 5 % of that of float32.
 
     Rounding adds about 0.2 % of the variance of the targets, which a loss without noise would see as more than that.
     """
