@@ -135,7 +135,7 @@ def test_change_undo_and_files(make: Any, config: ChangeConfig, tmp_path: Path) 
     assert not any(
         p.requires_grad for name in change.matched for p in loaded.get_submodule(name).parameters() if p.ndim > 1
     )
-    with pytest.raises(RuntimeError, match="cannot undo .*: the model was loaded from a file"):
+    with pytest.raises(RuntimeError, match=r"cannot undo .*: the model was loaded from a file"):
         loaded.__dict__["_effkit_changes"][-1].undo()
     change.undo()
     assert same(state(model), original) and torch.equal(logits(model), before) and effkit.describe(model) == []
@@ -227,7 +227,7 @@ def test_a_config_is_json() -> None:
         (
             lambda: NF4Config(overrides={"mlp": {"bits": 3}}),
             ValueError,
-            "has \\['bits'\\], choices: block_size, double",
+            "has \\['bits'\\], choices: block_size",
         ),
         (lambda: NF4Config(overrides={"mlp": {"block_size": 5}}), ValueError, "block_size is 5"),
         (lambda: FP8Config(granularity="rows"), ValueError, "granularity is 'rows', choices: 'tensor', 'row', 'block'"),
@@ -337,7 +337,7 @@ def test_a_file_that_lacks_a_scale_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight_absmax"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="up_proj.weight_absmax"):
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight_absmax"):
         effkit.load(tmp_path)
 
 
