@@ -196,13 +196,13 @@ def adamw_fp8_step(
     """
     tensors = {"param": param, "grad": grad, "m": m, "m_scale": m_scale, "v": v, "v_scale": v_scale}
     ADAMW_FP8_STEP.check(**tensors)
-    _check_tensors(tensors, block_size)
     if step < 1:
         raise ValueError(f"adamw_fp8_step: step is {step!r}, expected an integer from 1 on")
     options: dict[str, Any] = dict(
         lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_size=block_size, formats=formats
     )
     _check_options("adamw_fp8_step", options)
+    _check_tensors(tensors, block_size)
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     targets = [tensor for name, tensor in tensors.items() if name != "grad"]
     packed = all(target.is_contiguous() for target in targets)
