@@ -116,6 +116,7 @@ class Tile(NamedTuple):
 # Rows longer than this take two passes. The interpreter takes small tiles, so that small tensors have several.
 _LONGEST = 256 if INTERPRET else 16384
 _ELEMENTS = 2048 if INTERPRET else 4096
+_STEP = 256 if INTERPRET else 4096  # elements of a step of the first pass
 _STRIPES = 4  # programs of the first pass for each multiprocessor
 
 
@@ -166,12 +167,12 @@ def _encode(
 def _scale_of_rows(x: Tensor, scale: Tensor, amax_floor: float, **constants: Any) -> None:
     """The scales of long rows, x [R, C]: in two stages, that few rows keep all multiprocessors busy, too."""
     rows, columns = x.shape
-    steps = triton.cdiv(columns, _ELEMENTS)
+    steps = triton.cdiv(columns, _STEP)
     stripes = min(steps, 1024, triton.cdiv(_STRIPES * multiprocessors(x.device), rows))
     amax = x.new_empty((rows, stripes), dtype=torch.int32)
     with torch.cuda.device_of(x):
         _stripe_amax[(rows * stripes,)](
-            x, amax, *x.stride(), columns, triton.cdiv(steps, stripes), stripes, TILE=_ELEMENTS, num_warps=4
+            x, amax, *x.stride(), columns, triton.cdiv(steps, stripes), stripes, TILE=_STEP, num_warps=4
         )
         _row_scale[(rows,)](amax, scale, stripes, amax_floor, TILE=1024, num_warps=4, **constants)
 
@@ -287,7 +288,7 @@ def aot_specs() -> list[AotSpec]:
             specs.append(_spec(_decode_fp8, f"decode {name} {blocks}", arch, tile, dtype, how))
         how = {"BLOCK_ROWS": 1, "POWER_OF_TWO": False, **to}
         specs.append(_spec(_encode_fp8, f"encode {name} with scales", arch, _AOT_TILES["row"][1], dtype, how))
-        specs.append(_spec(_stripe_amax, f"stripe_amax {name}", arch, None, dtype, {"TILE": 4096}))
+        specs.append(_spec(_stripe_amax, f"stripe_amax {name}", arch, None, dtype, {"TILE": _STEP}))
         specs.append(
             _spec(_row_scale, f"row_scale {name}", arch, None, dtype, {"TILE": 1024, "POWER_OF_TWO": True, **to})
         )

@@ -70,6 +70,10 @@ DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = (
 )
 FP8, FP8_TILES, FP8_KERNEL = "effkit/quant/fp8.py", "effkit/kernels/_fp8.py", "effkit/kernels/fp8.py"
 LINEAR_4BIT, LINEAR_4BIT_KERNEL = "effkit/quant/nf4_linear.py", "effkit/kernels/linear_4bit.py"
+FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
+    *(f"effkit/quant/{name}.py" for name in ("fp8_matmul", "fp8_linear")),
+    "effkit/kernels/fp8_linear.py",
+)
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -344,6 +348,36 @@ BUGS = (
                 ("several shares",)),
         )
     ),
+    *(
+        replace(bug, op="linear_fp8")
+        for bug in (
+            Bug("scales of the first tile", FP8_MATMUL, "scale.narrow(axis, start // step", "scale.narrow(axis, 0",
+                ("several tiles",)),
+            Bug("rows of the first tile", FP8_MATMUL, "codes.narrow(axis, start, min", "codes.narrow(axis, 0, min",
+                ("several tiles, rows",)),
+            Bug("mean of the tokens", FP8_LINEAR, ".sum(0).to(ctx.bias_dtype)", ".mean(0).to(ctx.bias_dtype)",
+                ("rows",)),
+        )
+    ),
+    Bug("bias scaled", FP8_MATMUL, "y if bias is None else y + bias).to(dtype)\n\n\ndef matmul_fp8(",
+        "y if bias is None else y + bias * a_scale).to(dtype)\n\n\ndef matmul_fp8(", ("tensor",), "matmul_fp8"),
+    Bug("formats exchanged", FP8_MATMUL, "wide = decoded(a, a_scale, a_format", "wide = decoded(a, a_scale, b_format",
+        ("gradients",), "matmul_fp8"),
+    *(
+        replace(bug, op="linear_fp8", backend="triton")
+        for bug in (
+            Bug("scale of the first step", FP8_LINEAR_KERNEL, "step * BLOCK_K // BLOCK", "0 * BLOCK_K // BLOCK",
+                ("blocks",)),
+            Bug("scale of the first tile", FP8_LINEAR_KERNEL, "(first // ROWS)", "(0 * first // ROWS)", ("blocks",)),
+            Bug("share ends early", FP8_LINEAR_KERNEL, "first + share, steps)", "first + share - 1, steps)",
+                ("decoding",)),
+            Bug("bias in every share", FP8_LINEAR_KERNEL, "bias if splits == 1 else None", "bias", ("decoding",)),
+            Bug("always e4m3", FP8_LINEAR_KERNEL, "W_MANTISSA=FORMATS[w_format].mantissa", "W_MANTISSA=3",
+                ("rows, e5m2",)),
+        )
+    ),
+    Bug("block of the weight", FP8_LINEAR_KERNEL, "n0, n, N, stride_xs, x_block", "n0, n, N, stride_xs, 0 * x_block",
+        ("blocks",), "matmul_fp8", "triton"),
 )  # fmt: skip
 
 
