@@ -435,6 +435,8 @@ LINEAR_FP8 = register(
             _case("blocks of 576", (17,), 72, 576),
             _case("bare", (7,), 129, 127, given=()),
             _case("decoding", (1,), 64, 2100),
+            _case("several tiles", (2,), 2100, 300),
+            _case("several tiles, rows", (2,), 1100, 300, "row"),
             _case("many tokens", (300,), 40, 65),
             _case("large values", (9,), 33, 128, "row", gain={"x": 20.0}),
             _case("transposed", (3, 5), 33, 48, layout="transposed"),
