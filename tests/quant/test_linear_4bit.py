@@ -70,7 +70,7 @@ def test_weight_is_that_of_the_quantiser() -> None:
 class Kept:
     """Bytes that a pass keeps for its backward pass, each memory counted once."""
 
-    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+    def __init__(self, layer: Any, x: Tensor) -> None:
         self.sizes: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor):
             layer(x)
@@ -87,6 +87,16 @@ def test_keeps_what_is_packed_and_nothing_else(double_quant: bool) -> None:
     layer = quantised(256, 512, double_quant=double_quant)
     x = random(1000, 512).requires_grad_()
     assert Kept(layer, x).bytes == layer.quantized().nbytes < Kept(dense(256, 512), x).bytes / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_keeps_no_more(backend: str) -> None:
+    """A compiler that finds the weight decoded twice would decode it once and keep it."""
+    layer = quantised(64, 128)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    assert Kept(compiled, random(5, 128).requires_grad_()).bytes == layer.quantized().nbytes
 
 
 class Largest(TorchDispatchMode):

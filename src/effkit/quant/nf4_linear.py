@@ -415,6 +415,8 @@ def gradients(ctx: Any, dy: Tensor, transposed: bool = False) -> tuple[Tensor | 
     weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
+        if torch.compiler.is_compiling():
+            weight = weight ^ 0  # else the compiler sees W decoded twice, and keeps it; it sees through a copy
         block_size, quant_type, backend = ctx.options
         dx = product(
             dy, weight, absmax, None, nested_absmax, nested_offset, block_size, quant_type, backend, not transposed
