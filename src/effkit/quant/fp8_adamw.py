@@ -5,8 +5,8 @@
     kept between steps: Q_e4m3(m), Q_e5m2(v)                                           Fishman et al., arXiv 2409.12517
 
 Why e5m2 for v: 1 / sqrt(v) turns what rounds to zero into steps without bound, so that v wants range, not digits. With
-v in e4m3 the same optimizer diverges where gradients of neighbours differ by some thousands. Even e5m2 ends somewhere,
-32 binades below the largest of its 256; there v is kept at the smallest number that is not zero (`round_up_v`).
+v in e4m3 the same optimizer diverges where gradients of neighbours differ by a thousand. Even e5m2 ends somewhere, 32
+binades below the largest of its 256; there v is kept at the smallest number that is not zero (`round_up_v`).
 
 Cost: 2.03 bytes of state a parameter instead of 8. One pass reads the gradient and reads and writes parameters and
 state; everything between is in float32.
