@@ -107,9 +107,8 @@ def test_quantised_on_the_way_in_as_by_apply_and_saved_twice(folder: Path, name:
     assert entry["matched"] == matched and entry["fields"] == effkit.describe(applied)[0]["fields"] | {
         "keep_original": False
     }
-    assert not [
-        n for n, p in model.named_parameters() if p.requires_grad and (p.dtype == torch.uint8 or "_absmax" in n)
-    ]
+    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.isdisjoint(matched)
     for original, path in ((model, tmp_path / "1"), (applied, tmp_path / "2")):
         original.save_pretrained(path)
         once = load(path)
@@ -224,9 +223,7 @@ def test_stacked_experts_take_four_bits(tmp_path: Path) -> None:
 
 
 def test_bad_configs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="NF4QuantizationConfig: no field \\['bits'\\], choices: skip, overrides, block"
-    ):
+    with pytest.raises(ValueError, match="NF4QuantizationConfig: no field \\['bits'\\], choices: skip, overrides"):
         NF4QuantizationConfig(bits=4)
     with pytest.raises(ValueError, match="block_size is 48"):
         NF4QuantizationConfig(block_size=48)

@@ -132,6 +132,9 @@ def _metadata(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         raise ValueError(f"{key} has {sorted(meta)}, expected {sorted(wanted)}, and perhaps {sorted(nested)}")
     if meta["quant_type"] != key.removeprefix(name + _STATE):
         raise ValueError(f"{key}: quant_type is {meta['quant_type']!r}, expected that of the key")
+    size = meta["blocksize"]
+    if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
+        raise ValueError(f"{key}: blocksize is {size!r}, expected a power of two from 32 to 4096")
     if meta["dtype"] not in _DTYPES:
         raise ValueError(f"{key}: dtype is {meta['dtype']!r}, choices: {', '.join(_DTYPES)}")
     return meta
