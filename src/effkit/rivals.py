@@ -454,6 +454,16 @@ def _no_bitsandbytes_linear(**arguments: Any) -> str | None:
     return _no_bitsandbytes(**arguments)
 
 
+def _no_repacking(x: Tensor, weight: Tensor, **arguments: Any) -> str | None:
+    """Reason against bitsandbytes' kernel for the evaluation of a layer on a CPU."""
+    reason = _no_bitsandbytes_linear(**arguments)
+    if reason is None and (x.is_cuda or not resolve("bitsandbytes.functional:has_avx512bf16")()):
+        reason = "for CPUs with bfloat16 instructions only"
+    if reason is None and (x.dtype != torch.bfloat16 or len(weight) % 32):
+        reason = "computes in bfloat16, for multiples of 32 features out"
+    return reason
+
+
 @rival(_no_bitsandbytes_linear)
 def bitsandbytes_linear_4bit(
     x: Tensor,
@@ -464,8 +474,30 @@ def bitsandbytes_linear_4bit(
     block_size: int = 64,
     quant_type: str = "nf4",
 ) -> Tensor:
-    """bitsandbytes' Linear4bit; without gradients on a CPU that has the instructions, its repacked bfloat16 kernel."""
-    packed, state = _bitsandbytes_weight(weight, absmax, block_size, quant_type, x.dtype, x.requires_grad)
+    """bitsandbytes' 4-bit product with the weight as it is stored."""
+    state = _bitsandbytes_state(weight, absmax, block_size, quant_type, x.dtype)
+    return resolve("bitsandbytes:matmul_4bit")(x, weight.view(-1, 1), state, bias=bias)
+
+
+@rival(_no_repacking)
+def bitsandbytes_repacked_linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    quant_type: str = "nf4",
+) -> Tensor:
+    """bitsandbytes' layer on a CPU: in evaluation a copy of the weight in another order, its scales in bfloat16.
+
+    With gradients, as it is judged, it takes the weight as it is stored.
+    """
+    if x.requires_grad:
+        return bitsandbytes_linear_4bit(
+            x=x, weight=weight, absmax=absmax, bias=bias, block_size=block_size, quant_type=quant_type
+        )
+    packed, state = _repacked(weight, absmax, block_size, quant_type, x.dtype)
     return resolve("bitsandbytes:matmul_4bit")(x, packed, state, bias=bias)
 
 
@@ -488,23 +520,25 @@ def dense_linear_of_4bit(
 
 
 @functools.lru_cache(maxsize=1)
-def _bitsandbytes_weight(
-    weight: Tensor, absmax: Tensor, block_size: int, quant_type: str, dtype: torch.dtype, with_gradient: bool
-) -> tuple[Tensor, Any]:
-    """The weight and quantisation state that a layer of bitsandbytes would hold in this pass."""
-    bnb = resolve("bitsandbytes:functional")
-    shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
-    state = bnb.QuantState(
+def _bitsandbytes_state(weight: Tensor, absmax: Tensor, block_size: int, quant_type: str, dtype: torch.dtype) -> Any:
+    """What bitsandbytes keeps beside a packed weight."""
+    return resolve("bitsandbytes.functional:QuantState")(
         absmax=absmax.flatten(),
-        shape=shape,
-        code=bnb.get_4bit_type(quant_type, device=weight.device),
+        shape=torch.Size((weight.shape[0], 2 * weight.shape[1])),
+        code=resolve("bitsandbytes.functional:get_4bit_type")(quant_type, device=weight.device),
         blocksize=block_size,
         quant_type=quant_type,
         dtype=dtype,
     )
-    if not weight.is_cuda and not with_gradient and bnb.has_avx512bf16():
-        return bnb._convert_weight_packed_for_cpu(weight, state)
-    return weight.reshape(-1, 1), state
+
+
+@functools.lru_cache(maxsize=1)
+def _repacked(
+    weight: Tensor, absmax: Tensor, block_size: int, quant_type: str, dtype: torch.dtype
+) -> tuple[Tensor, Any]:
+    """The weight as a layer of bitsandbytes holds it after its first evaluation."""
+    state = _bitsandbytes_state.__wrapped__(weight, absmax, block_size, quant_type, dtype)  # a new one, to be changed
+    return resolve("bitsandbytes.functional:_convert_weight_packed_for_cpu")(weight, state)
 
 
 @functools.lru_cache(maxsize=1)

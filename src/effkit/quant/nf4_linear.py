@@ -588,6 +588,7 @@ LINEAR_4BIT = register(
         rivals={
             "dense": "effkit.rivals:dense_linear_of_4bit",
             "bitsandbytes": "effkit.rivals:bitsandbytes_linear_4bit",
+            "bitsandbytes repacked": "effkit.rivals:bitsandbytes_repacked_linear_4bit",
         },
         draw={
             "weight": _bytes,
