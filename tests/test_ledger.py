@@ -57,7 +57,7 @@ def test_cases_are_drawable_and_named_once(op: Op) -> None:
     for case in op.cases:
         if not case.large:
             inputs = make_inputs(op, case, torch.float32)
-            assert op.signature.check(op.name, inputs)
+            op.signature.check(op.name, inputs)  # raises
             assert set(case.options) <= options_of(op.function)
             assert set(case.given) | set(case.ints) <= {shape.name for shape in op.signature.inputs if shape.optional}
 
