@@ -23,6 +23,7 @@ When not to use it, and what is known to lose:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -148,15 +149,14 @@ def encode_fp8_torch(
     power_of_two: bool = False,
     amax_floor: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """All blocks at once; ragged edges are filled with zeros, which no maximum of magnitudes can see."""
+    """Many blocks at once; ragged edges are filled with zeros, which no maximum of magnitudes can see."""
     grid = grid_of(tuple(x.shape), granularity, block)
     tiles = _cut(x, grid)
     if scale is None:
-        scale = fp8_scale(tiles.abs().amax((2, 4)), format, power_of_two=power_of_two, amax_floor=amax_floor).reshape(
-            grid.scale
-        )
-    inverse = (1 / scale).reshape(grid.view[0], grid.blocks[0], 1, grid.blocks[1], 1)
-    return _joined(to_fp8_codes(tiles * inverse, format), grid).reshape(x.shape), scale
+        amax = tiles.abs().amax(4).amax(2)
+        scale = fp8_scale(amax, format, power_of_two=power_of_two, amax_floor=amax_floor).reshape(grid.scale)
+    codes = _by_block(lambda x, inverse: to_fp8_codes(x * inverse, format), tiles, 1 / scale, grid, torch.uint8)
+    return codes.reshape(x.shape), scale
 
 
 def decode_fp8_torch(
@@ -168,11 +168,10 @@ def decode_fp8_torch(
     block: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """All blocks at once."""
+    """Many blocks at once."""
     grid = grid_of(tuple(codes.shape), granularity, block)
-    scales = scale.reshape(grid.view[0], grid.blocks[0], 1, grid.blocks[1], 1)
-    values = from_fp8_codes(_cut(codes, grid), format) * scales
-    return _joined(values.to(dtype), grid).reshape(codes.shape)
+    y = _by_block(lambda q, scale: from_fp8_codes(q, format) * scale, _cut(codes, grid), scale, grid, dtype)
+    return y.reshape(codes.shape)
 
 
 def encode_fp8(
@@ -345,14 +344,13 @@ def to_fp8_codes(v: Tensor, format: str = "e4m3") -> Tensor:
     """The bare cast: float32 to uint8, nearest even, saturating, NaN to 0x7F.
 
     torch's own cast does the rounding where it runs as written. What it does beyond fmax depends on version and device,
-    hence the clamp, and NaN there keeps its sign. A compiler has its own way with it, and fails on GPUs without FP8, so
-    that under torch.compile the same is done in integers.
+    hence the clamp; it keeps the sign of NaN. A compiler has its own way with it and fails on GPUs without FP8, so that
+    under torch.compile the same is done in integers.
     """
     if torch.compiler.is_compiling():
         return _to_codes_in_integers(v, format)
     largest = FORMATS[format].max
-    codes = v.clamp(-largest, largest).to(FORMATS[format].dtype).view(torch.uint8)
-    return codes - ((codes == 0xFF).to(torch.uint8) << 7)
+    return v.clamp(-largest, largest).nan_to_num(nan=math.nan).to(FORMATS[format].dtype).view(torch.uint8)
 
 
 def _to_codes_in_integers(v: Tensor, format: str) -> Tensor:
@@ -373,13 +371,15 @@ def from_fp8_codes(codes: Tensor, format: str = "e4m3", dtype: torch.dtype = tor
     """The bare cast back: uint8 to a float dtype, exactly.
 
     e5m2 is the upper byte of float16. The bits of e4m3 in the place of those of float16 have an exponent 8 too small,
-    and reach float32 as its normal numbers: flushing denormals cannot touch them.
+    and reach float32 as its normal numbers: flushing denormals cannot touch them. Only NaN, seven ones, carries into
+    an eighth bit, which makes it a NaN of float16.
     """
     if format == "e5m2":
         return (codes.to(torch.int16) << 8).view(torch.float16).to(dtype)
-    bits = codes.view(torch.int8).to(torch.int16) << 7 & ~0x4000  # the sign was extended over one bit too many
-    value = bits.view(torch.float16).float() * 2.0**8
-    return torch.where(value.abs() > FORMATS[format].max, math.nan, value).to(dtype)
+    wide = codes.to(torch.int16)
+    size = wide & 0x7F
+    bits = (wide & 0x80) << 8 | (size | (size + 1 & 0x80)) << 7
+    return (bits.view(torch.float16).float() * 2.0**8).to(dtype)
 
 
 def grid_of(shape: tuple[int, ...], granularity: str, block: tuple[int, int] | None = None) -> Grid:
@@ -408,6 +408,27 @@ def _cut(x: Tensor, grid: Grid) -> Tensor:
     if any(missing):
         x = F.pad(x, (0, missing[1], 0, missing[0]))
     return x.reshape(grid.view[0], down, rows, across, columns)
+
+
+def _by_block(
+    fn: Callable[[Tensor, Tensor], Tensor], tiles: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype
+) -> Tensor:
+    """fn(tiles, scale) joined again; on a CPU a few blocks at a time, so that temporaries stay in its cache."""
+    scale = scale.reshape(grid.view[0], grid.blocks[0], 1, grid.blocks[1], 1)
+    if tiles.device.type != "cpu" or torch.compiler.is_compiling():
+        return _joined(fn(tiles, scale).to(dtype), grid)
+    out = torch.empty_like(tiles, dtype=dtype, memory_format=torch.contiguous_format)
+    for source, factor, target in zip(*(_pieces(tensor, tiles) for tensor in (tiles, scale, out)), strict=True):
+        target.copy_(fn(source, factor))
+    return _joined(out, grid)
+
+
+def _pieces(tensor: Tensor, tiles: Tensor) -> list[Tensor]:
+    """A tensor that broadcasts with the tiles, cut as they are into pieces of about _PIECE elements."""
+    axis = next((axis for axis in (0, 1, 4) if tiles.shape[axis] > 1), 0)
+    step = max(1, _PIECE * torch.get_num_threads() * tiles.shape[axis] // max(1, tiles.numel()))
+    count = -(-tiles.shape[axis] // step)
+    return [tensor] * count if tensor.shape[axis] == 1 else list(tensor.split(step, axis))
 
 
 def _joined(tiles: Tensor, grid: Grid) -> Tensor:
@@ -508,6 +529,7 @@ def _case(name: str, shape: tuple[int, ...], given: bool = False, **fields: Any)
 
 
 _BLOCK = (128, 128)
+_PIECE = 1 << 16  # elements a thread, a quarter of a megabyte of float32
 _MOST = 16384  # elements of a block in a kernel, its sides rounded up to powers of two
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WEIGHT: dict[str, Any] = {"granularity": "block"}
