@@ -2,13 +2,14 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effkit.ops import INTERPRET, get_op
+from effkit.ops import INTERPRET, Op, get_op
 from effkit.quant import FP8Linear, decode_fp8, dequantize_fp8, encode_fp8, linear_fp8, matmul_fp8, quantize_fp8
 from effkit.quant.fp8_matmul import matmul_fp8_reference, scaled_mm
 from effkit.testing import assert_equivalent, make_inputs
@@ -125,6 +126,16 @@ class TestProducts:
             inputs,
             grads=False,
         )
+
+    @in_the_ordinary_process
+    def test_scaled_mm_is_preferred_where_it_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By itself the op takes torch where both backends can run; asked for, the kernel."""
+        op = replace(get_op("matmul_fp8"), prefer_torch=lambda **_: "faster")
+        monkeypatch.setattr(Op, "why_not_triton", lambda self, arguments: None)
+        assert str(op.choose(None, {})) == "matmul_fp8: torch (faster)"
+        assert op.choose("triton", {}).backend == replace(op, prefer_torch=None).choose(None, {}).backend == "triton"
+        inputs = make_inputs(get_op("matmul_fp8"), get_op("matmul_fp8").case("rows"), torch.float32)
+        assert get_op("matmul_fp8").prefer_torch(**inputs, a_format="e4m3", b_format="e4m3") is None  # not on a CPU
 
     @in_the_ordinary_process
     def test_wrong_arguments(self) -> None:
