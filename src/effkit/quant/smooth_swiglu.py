@@ -94,7 +94,7 @@ def encode_smooth_fp8_torch(h: Tensor, channel_scale: Tensor, *, format: str = "
     """A few rows at a time."""
     codes = h.new_empty(h.shape, dtype=torch.uint8)
     for rows, out in zip(_chunks(h), _chunks(codes), strict=True):
-        out.copy_(to_fp8_codes(rows.float() * channel_scale * PEAK[format], format))
+        out.copy_(to_fp8_codes((rows * channel_scale).mul_(PEAK[format]), format))
     return codes, torch.full((), 1 / PEAK[format], device=h.device)
 
 
@@ -275,7 +275,7 @@ class _SmoothSwiGLU(torch.autograd.Function):
     def forward(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         h, amax = gate.new_empty(gate.shape), gate.new_zeros(gate.shape[-1])
         for g, u, out in zip(_chunks(gate), _chunks(up), _chunks(h), strict=True):
-            out.copy_(F.silu(g.to(_wide(gate))).mul_(u))
+            torch.mul(F.silu(g.to(_wide(gate))), u.to(_wide(gate)), out=out)
             amax = torch.maximum(amax, out.abs().amax(0))
         return h, smooth_scale(amax.to(_wide(gate)))
 
@@ -291,8 +291,9 @@ class _SmoothSwiGLU(torch.autograd.Function):
             return swiglu_gradients(dh, gate, up)
         dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
         for *inputs, dg, du in zip(*map(_chunks, (dh, gate, up, dgate, dup)), strict=True):
-            for out, value in zip((dg, du), swiglu_gradients(*inputs), strict=True):
-                out.copy_(value)
+            d, g, u = (x.to(_wide(gate)) for x in inputs)
+            torch.ops.aten.silu_backward(d * u, g, grad_input=dg)
+            torch.mul(F.silu(g), d, out=du)
         return dgate, dup
 
     @staticmethod
@@ -302,10 +303,11 @@ class _SmoothSwiGLU(torch.autograd.Function):
 
 def swiglu_gradients(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up in differentiable operations."""
-    g, dh = gate.to(_wide(gate)), dh.to(_wide(gate))
+    dh, g, u = (x.to(_wide(gate)) for x in (dh, gate, up))
     sigmoid = torch.sigmoid(g)
-    dgate = dh * up * sigmoid * (1 + g * (1 - sigmoid))
-    return dgate.to(gate.dtype), (dh * (g * sigmoid)).to(up.dtype)
+    silu = g * sigmoid
+    dgate = dh * u * (sigmoid + silu * (1 - sigmoid))
+    return dgate.to(gate.dtype), (dh * silu).to(up.dtype)
 
 
 def batched(apply: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Tensor, ...]) -> Any:
