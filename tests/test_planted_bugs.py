@@ -74,6 +74,8 @@ FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
     *(f"effkit/quant/{name}.py" for name in ("fp8_matmul", "fp8_linear")),
     "effkit/kernels/fp8_linear.py",
 )
+SMOOTH, SMOOTH_KERNEL = "effkit/quant/smooth_swiglu.py", "effkit/kernels/smooth_swiglu.py"
+ADAMW, ADAMW_KERNEL = "effkit/quant/fp8_adamw.py", "effkit/kernels/fp8_adamw.py"
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -378,6 +380,28 @@ BUGS = (
     ),
     Bug("block of the weight", FP8_LINEAR_KERNEL, "n0, n, N, stride_xs, x_block", "n0, n, N, stride_xs, 0 * x_block",
         ("blocks",), "matmul_fp8", "triton"),
+    Bug("powers of two doubled", SMOOTH, "exponent - (mantissa == 0.5)", "exponent - 0 * (mantissa == 0.5)",
+        ("powers of two",), "smooth_swiglu"),
+    Bug("last rows alone", SMOOTH, "torch.maximum(amax, out.abs().amax(0))", "out.abs().amax(0)", ("several pieces",),
+        "smooth_swiglu"),
+    Bug("gate's gradient without up", SMOOTH, "silu_backward(d * u, g", "silu_backward(d, g", ("primes",),
+        "smooth_swiglu"),
+    Bug("not to the format's peak", SMOOTH, ".mul_(PEAK[format]), format)", ".mul_(PEAK['e4m3']), format)",
+        ("several axes, e5m2",), "encode_smooth_fp8"),
+    Bug("floor of the logarithm", SMOOTH_KERNEL, "(amax + 0x7FFFFF) >> 23", "amax >> 23", ("primes",), "smooth_swiglu",
+        "triton"),
+    Bug("last stripe not folded", SMOOTH_KERNEL, "in range(n_stripes)", "in range(n_stripes - 1)", ("many rows",),
+        "smooth_swiglu", "triton"),
+    Bug("scales of the first channels", SMOOTH_KERNEL, "tl.load(scale_ptr + channels,",
+        "tl.load(scale_ptr + channels % BLOCK_C,", ("one past a block",), "encode_smooth_fp8", "triton"),
+    Bug("bias of v forgotten", ADAMW, "(root(v) * unbias_root_v + eps)", "(root(v) + eps)", ("weight",),
+        "adamw_fp8_step"),
+    Bug("v not rounded up", ADAMW, "(new_v > 0) & (results[3] == 0)", "(new_v < 0) & (results[3] == 0)",
+        ("v is rounded up",), "adamw_fp8_step"),
+    Bug("decay after the step", ADAMW_KERNEL, "p = decay * p - step_size * tl.div_rn(m", "p = decay * p - decay * step_size * tl.div_rn(m",
+        ("weight",), "adamw_fp8_step", "triton"),
+    Bug("m rounded up, too", ADAMW_KERNEL, "there, M_MANTISSA, False)", "there, M_MANTISSA, ROUND_UP)",
+        ("v is rounded up",), "adamw_fp8_step", "triton"),
 )  # fmt: skip
 
 

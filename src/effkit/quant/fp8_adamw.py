@@ -444,6 +444,7 @@ ADAMW_FP8_STEP = register(
             _case("one past a block", (257,)),
             _case("one short of two blocks", (7, 73)),
             _case("weight", (37, 67)),
+            _case("several pieces", (300, 220)),
             _case("first step", (9, 65), **_FIRST),
             _case("late step", (9, 65), step=100_000),
             _case("small blocks", (5, 131), block_size=32),

@@ -345,6 +345,10 @@ def _elements(case: Case) -> int:
     return math.prod(sizes["*N"]) * sizes["C"]
 
 
+def _power(value: Tensor) -> Tensor:
+    return torch.exp2(value.round()) * value.sign()
+
+
 PEAK = {"e4m3": 2.0**8, "e5m2": 2.0**15}  # the largest power of two that the format holds
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CASES = (
@@ -359,11 +363,13 @@ _CASES = (
     Case("a block", {"*N": (64,), "C": 128}),
     Case("one past a block", {"*N": (65,), "C": 129}),
     Case("many rows", {"*N": (1031,), "C": 16}),
+    Case("several pieces", {"*N": (513,), "C": 130}),
     Case("transposed", {"*N": (3, 5), "C": 33}, layout="transposed"),
     Case("strided", {"*N": (7, 5), "C": 65}, layout="strided"),
     Case("large gates", {"*N": (29,), "C": 65}, gain={"gate": 50.0}),
     Case("small values", {"*N": (29,), "C": 65}, gain={"gate": 1e-2, "up": 1e-2}),
     Case("large up", {"*N": (29,), "C": 65}, gain={"up": 1e3}),
+    Case("powers of two", {"*N": (5,), "C": 33}, draw={"gate": lambda value: torch.full_like(value, 64), "up": _power}),
     Case("language model", {"*N": (4096,), "C": 14336}, large=True),
     Case("long and odd", {"*N": (100003,), "C": 1025}, large=True),
 )
