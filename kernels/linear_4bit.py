@@ -210,12 +210,13 @@ def linear_4bit(
 
 
 def aot_specs() -> list[AotSpec]:
-    """The fused product in each dtype, for one tile of tokens and for the most, with both kinds of scales."""
+    """The fused product in each dtype, for one tile of tokens and for the most, small blocks, both kinds of scales."""
     fused = [
-        _spec(arch, dtype, tokens, nested)
+        _spec(arch, dtype, tokens, nested, block_size)
         for arch in (80, 90, 100)
-        for dtype, tokens, nested in (
-            ("bf16", 16, False), ("bf16", 64, True), ("fp16", 32, False), ("fp32", 16, False), ("fp32", 64, True),
+        for dtype, tokens, nested, block_size in (
+            ("bf16", 16, False, 64), ("bf16", 64, True, 32), ("fp16", 32, False, 256),
+            ("fp32", 16, False, 64), ("fp32", 64, True, 64),
         )
     ]  # fmt: skip
     combine = [
@@ -235,17 +236,18 @@ def aot_specs() -> list[AotSpec]:
     return fused + combine
 
 
-def _spec(arch: int, dtype: str, tokens: int, nested: bool) -> AotSpec:
+def _spec(arch: int, dtype: str, tokens: int, nested: bool, block_size: int) -> AotSpec:
     tile = _TILES[arch, {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]]
     names = _linear_4bit_fwd.arg_names
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
     types |= dict(x_ptr=f"*{dtype}", weight_ptr="*u8", bias_ptr=f"*{dtype}", absmax_ptr="*u8" if nested else "*fp32")
-    constants: dict[str, Any] = {"BLOCK_SIZE": 64, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tokens, "BLOCK_K": tile.BLOCK_K}
+    constants: dict[str, Any] = {"BLOCK_M": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K}
+    constants |= {"BLOCK_SIZE": block_size, "BLOCK_N": tokens}
     if not nested:  # one split, which writes y with its bias; else many, which write float32
         types["out_ptr"] = f"*{dtype}"
         constants |= {"nested_absmax_ptr": None, "nested_offset_ptr": None}
     return AotSpec(
-        name=f"linear_4bit_fwd {dtype} {tokens} tokens{' double quantised' if nested else ''}",
+        name=f"linear_4bit_fwd {dtype} {tokens} tokens, blocks of {block_size}{', double quantised' if nested else ''}",
         kernel=_linear_4bit_fwd,
         signature=types,
         constants=constants,

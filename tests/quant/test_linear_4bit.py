@@ -164,8 +164,9 @@ def test_compiles_as_a_module() -> None:
     assert_equivalent(compiled, layer, (random(3, 128),))
 
 
-def test_autocast_computes_as_a_dense_layer_would() -> None:
-    layer = quantised()
+@pytest.mark.parametrize("cache", ["none", "all"])
+def test_autocast_computes_as_a_dense_layer_would(cache: str) -> None:
+    layer = quantised(cache_dequant=cache)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(random(3, 128))
     assert y.dtype == torch.bfloat16

@@ -58,10 +58,10 @@ def linear_4bit_reference(
     """The equation: dequantise, then multiply."""
     scales = absmax.flatten()
     if nested_absmax is not None and nested_offset is not None:
-        scales = decode_scales(scales, nested_absmax.float(), nested_offset.float())
+        scales = decode_scales(scales, nested_absmax, nested_offset)
     dense = decode_4bit_reference(
         weight.flatten(),
-        scales.float(),
+        scales,
         shape=(weight.shape[0], x.shape[-1]),
         dtype=x.dtype,
         block_size=block_size,
@@ -103,7 +103,8 @@ def linear_4bit(
 
     x [*N, K]           float16, bfloat16, float32 or float64; K is a multiple of block_size
     weight [M, P]       uint8, P = K / 2: two codes to a byte, the column of even number in the high half
-    absmax [M, G]       scales of the blocks, G = K / block_size: float32, or uint8 under double quantisation
+    absmax [M, G]       scales of the blocks, G = K / block_size: float32 (float64 is rounded to it), or uint8 under
+                        double quantisation
     bias [M]            any float dtype; it is added in x's
     nested_absmax [S]   with uint8 absmax: float32, one for 256 scales, S = ceil(M G / 256)
     nested_offset []    with uint8 absmax: float32, what is added to all scales; shape [] or [1]
@@ -111,14 +112,14 @@ def linear_4bit(
     quant_type          "nf4", "fp4" or "int4"
     backend             "reference", "torch", "triton" or None for the fastest that can
 
-    Returns y [*N, M] in x's dtype; sums are in float32 (float64 for float64). x and bias have gradients, which can be
+    Returns y [*N, M] in x's dtype, or that of torch.autocast; sums are in float32 (float64 for float64). x and bias have gradients, which can be
     differentiated again; weight and scales have none. `encode_4bit` of a dense weight [M, K] gives weight and absmax,
     flat: reshape them to M rows. Raises ValueError or TypeError for arguments that do not fit, BackendUnavailable for a
     backend that cannot run.
     """
     if isinstance(nested_offset, Tensor) and nested_offset.shape == (1,):
         nested_offset = nested_offset.reshape(())
-    tensors = dict(
+    tensors: dict[str, Tensor | None] = dict(
         x=x, weight=weight, absmax=absmax, bias=bias, nested_absmax=nested_absmax, nested_offset=nested_offset
     )
     sizes = LINEAR_4BIT.check(**tensors)
@@ -128,6 +129,10 @@ def linear_4bit(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"linear_4bit: {name} is on {tensor.device}, expected {x.device} as x")
+    for name in ("absmax", "nested_absmax", "nested_offset"):
+        scale = tensors[name]
+        tensors[name] = scale.float() if scale is not None and scale.dtype == torch.float64 else scale
+    tensors["x"] = _as_autocast(x)
     return LINEAR_4BIT.run(backend, **tensors, block_size=block_size, quant_type=quant_type)
 
 
@@ -264,8 +269,8 @@ class NF4Linear(nn.Linear):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _as_autocast(x)
         if self.cache_dequant == "all" and not torch.compiler.is_compiling():
+            x = _as_autocast(x)
             return product(x, self._dense(x.dtype), None, self.bias, None, None, self.block_size, self.quant_type, "")
         return linear_4bit(
             x,
@@ -483,7 +488,7 @@ def _check_sizes(sizes: dict[str, int], block_size: int) -> None:
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that nn.Linear would compute in under torch.autocast."""
+    """x in the dtype that F.linear would compute in under torch.autocast."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
