@@ -234,10 +234,11 @@ def _delta_memories_in_tiles(
 # relatives. Where a program holds all keys of a head, few columns of values leave more programs to run side by side.
 EVERY = tuple(itertools.product((80, 90, 100), WIDTHS))
 SINGLE: ChunkTable = {(*key, 4): Tile(32, 32, 8, 1) for key in EVERY}
-SYSTEM: ChunkTable = SINGLE | {(*key, 2): Tile(64, 64, 4, 2) for key in EVERY}
-TILES = Tile(32, 32, 8, 1)  # where the memory is worked on tile by tile
+PRODUCTS: ChunkTable = SINGLE | {(*key, 2): Tile(64, 64, 4, 2) for key in EVERY}
+SYSTEM: ChunkTable = PRODUCTS | {(100, width, 4): Tile(32, 64, 8, 1) for width in WIDTHS}
+IN_TILES = Tile(32, 32, 8, 1)  # where the memory is worked on tile by tile
 MEMORIES: ChunkTable = (
-    {(arch, width, 4): Tile(width, 16, 8, 1) if width <= 64 else TILES for arch, width in EVERY}
+    {(arch, width, 4): Tile(width, 16, 8, 1) if width <= 64 else IN_TILES for arch, width in EVERY}
     | {(arch, width, 2): Tile(width, 32, 4, 2) for arch, width in EVERY}
     | {(arch, 256, 2): Tile(256, 32, 8, 2) for arch in (80, 90, 100)}
 )
@@ -250,7 +251,7 @@ def in_tiles(q: Tensor) -> bool:
 
 def whole(tile: Tile, q: Tensor) -> Tile:
     """The tile with all keys of a head, unless they are worked on tile by tile."""
-    return TILES if in_tiles(q) else tile._replace(BLOCK_K=max(16, triton.next_power_of_2(q.shape[3])))
+    return IN_TILES if in_tiles(q) else tile._replace(BLOCK_K=max(16, triton.next_power_of_2(q.shape[3])))
 
 
 class Chunks:

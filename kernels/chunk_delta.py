@@ -57,7 +57,7 @@ def _delta_recurrence(
 
 
 _COLUMN_ELEMENTS = 4096  # of the memory that one program of the recurrence holds
-OUTPUT: ChunkTable = SINGLE | {(*key, 2): Tile(64, 64, 8, 2) for key in EVERY}  # see SYSTEM in _delta_chunks
+OUTPUT: ChunkTable = SINGLE | {(*key, 2): Tile(64, 64, 8, 2) for key in EVERY}  # see PRODUCTS in _delta_chunks
 
 
 def _forward(
@@ -220,18 +220,22 @@ def aot_specs() -> Iterator[AotSpec]:
         (backward._delta_value_gradients, backward.VALUE_GRADIENTS),
         (backward._delta_key_gradients, backward.KEY_GRADIENTS),
     )
+    in_tiles = {
+        chunks._delta_memories: chunks._delta_memories_in_tiles,
+        backward._delta_dmemories: backward._delta_dmemories_in_tiles,
+    }
     half = [(64, "bf16", "plain"), (128, "bf16", "gated"), (256, "bf16", "gated")]
-    # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
-    for arch, builds in (80, [*half, (64, "fp32", "gated")]), (90, half), (100, half):
+    wide = (128, "fp32", "gated")  # 90 compiles float32 as 80 does
+    for arch, builds in (80, [*half, (64, "fp32", "gated"), wide]), (90, half), (100, [*half, wide]):
         for width, dtype, variant in builds:
             key = arch, width, 2 if dtype == "bf16" else 4
             absent = _GATES if variant == "plain" else ()
             for kernel, table in kernels:
+                kernel = in_tiles.get(kernel, kernel) if dtype == "fp32" and width > 64 else kernel
                 yield build(kernel, arch, table[key], width, dtype, variant, float32=_FLOAT32, absent=absent)
             output, tile = chunk_scan._chunk_output, OUTPUT[key]
             yield build(output, arch, tile, width, dtype, f"{variant}-values", float32=("v_ptr",), absent=absent)
-        for kernel in (chunks._delta_memories_in_tiles, backward._delta_dmemories_in_tiles):
-            for width in (128, 256)[: 2 if arch == 80 else 1]:
-                yield build(kernel, arch, chunks.TILES, width, "fp32", "gated", float32=_FLOAT32)
+        for kernel in in_tiles.values() if arch == 90 else ():
+            yield build(kernel, arch, chunks.IN_TILES, 128, "fp32", "gated", float32=_FLOAT32)
         column = Tile(128, _COLUMN_ELEMENTS // 128, 4, 1)
         yield build(_delta_recurrence, arch, column, 128, "bf16", "gated", float32=_FLOAT32, products=False)

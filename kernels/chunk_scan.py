@@ -406,7 +406,8 @@ def _table(half: Tile, single: Tile, others: ChunkTable | None = None) -> dict[t
 # batch, so one build serves every call. Chosen as the largest that compile without spills, not timed on a device.
 # float32 multiplies without matrix instructions, in small tiles.
 MEMORIES = _table(
-    Tile(64, 64, 4, 3), Tile(32, 32, 4, 1), {(100, width, 2): Tile(64, 64, 8, 3) for width in WIDTHS}
+    Tile(64, 64, 4, 3), Tile(32, 32, 4, 1),
+    {(100, width, size): tile for width in WIDTHS for size, tile in ((2, Tile(64, 64, 8, 3)), (4, Tile(32, 32, 8, 1)))},
 )  # fmt: skip
 OUTPUT = _table(Tile(64, 64, 4, 2), Tile(32, 32, 8, 1))
 GRADIENTS = _table(Tile(64, 64, 4, 2), Tile(16, 16, 8, 1), {(80, 256, 2): Tile(64, 64, 8, 2)})
@@ -639,8 +640,8 @@ _ABSENT = {"gated": _DIVISION, "plain": _DIVISION + _GATES, "divided": _GATES}
 def aot_specs() -> Iterator[AotSpec]:
     """The builds that are compiled and inspected without a GPU: every kernel, with the tiles that its table picks."""
     half = [(64, "bf16", "gated"), (128, "bf16", "gated"), (256, "bf16", "plain")]
-    # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
-    for arch, builds in (80, [*half, (64, "fp32", "gated"), (256, "fp32", "gated")]), (90, half), (100, half):
+    single = [(64, "fp32", "gated"), (256, "fp32", "gated")]  # 90 compiles float32 as 80 does
+    for arch, builds in (80, half + single), (90, half), (100, half + single):
         for width, dtype, variant in builds:
             key = arch, width, 2 if dtype == "bf16" else 4
             build = functools.partial(_build, arch=arch, width=width, dtype=dtype, variant=variant)

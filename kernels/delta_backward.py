@@ -24,7 +24,7 @@ from effkit.kernels._chunk_tiles import (
     weighted,
 )
 from effkit.kernels._common import cast, dot, unit_stride
-from effkit.kernels._delta_chunks import EVERY, MEMORIES, SYSTEM, Chunks, begin, below_diagonal, in_tiles, whole
+from effkit.kernels._delta_chunks import EVERY, MEMORIES, PRODUCTS, Chunks, begin, below_diagonal, in_tiles, whole
 from effkit.kernels._recurrent_ops import empty_memory, for_each_head, groups, strides, sum_heads
 from effkit.kernels.chunk_scan import _key_gradient as key_gradient
 from effkit.kernels.chunk_scan import _locate as locate
@@ -272,8 +272,8 @@ def _delta_key_gradients(
         store_row(dg_ptr + row, tl.cumsum(-beta * found, 0, reverse=True), n_rows, C)
 
 
-# Tiles: see SYSTEM in _delta_chunks.
-FROM_OUTPUTS = VALUE_GRADIENTS = KEY_GRADIENTS = SYSTEM
+# Tiles: see PRODUCTS in _delta_chunks.
+FROM_OUTPUTS = VALUE_GRADIENTS = KEY_GRADIENTS = PRODUCTS
 DMEMORIES: ChunkTable = {
     **MEMORIES,
     (80, 128, 2): Tile(128, 32, 8, 2),

@@ -740,8 +740,8 @@ OUTPUT: ChunkTable = (
 )
 GRADIENTS: ChunkTable = (
     {(*key, 2): Tile(32 if key[1] == 64 else 64, 64, 8, 2) for key in _EVERY}
-    | {(*key, 4): Tile(16, 32, 4, 1) for key in _EVERY}
-    | {(80, 256, 2): Tile(32, 64, 8, 2)}
+    | {(*key, 4): Tile(32, 16, 8, 1) for key in _EVERY}
+    | {(80, 64, 4): Tile(16, 32, 4, 1), (80, 256, 2): Tile(32, 64, 8, 2)}
 )
 _COLUMN_ELEMENTS = 4096  # of a block that one program of a decoding step holds
 
@@ -1031,8 +1031,8 @@ def aot_specs() -> Iterator[AotSpec]:
         (_log_linear_state, OUTPUT), (_log_linear_carried, GRADIENTS), (_log_linear_gates, GRADIENTS),
     )  # fmt: skip
     half = [(64, "bf16", True), (128, "bf16", False), (256, "bf16", True)]
-    # float32 has the same tiles and the same instructions everywhere: one architecture speaks for all.
-    for arch, builds in (80, [half[0], half[2], (256, "fp32", True)]), (90, half), (100, [half[0], half[2]]):
+    wide = (256, "fp32", True)
+    for arch, builds in (80, [half[0], half[2], wide]), (90, [*half, wide]), (100, [half[0], half[2], wide]):
         for width, dtype, state in builds:
             for kernel, table in products:
                 yield _build(kernel, arch, table[arch, width, 2 if dtype == "bf16" else 4], width, dtype, state)
