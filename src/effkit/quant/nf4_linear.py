@@ -112,10 +112,10 @@ def linear_4bit(
     quant_type          "nf4", "fp4" or "int4"
     backend             "reference", "torch", "triton" or None for the fastest that can
 
-    Returns y [*N, M] in x's dtype, or that of torch.autocast; sums are in float32 (float64 for float64). x and bias have gradients, which can be
-    differentiated again; weight and scales have none. `encode_4bit` of a dense weight [M, K] gives weight and absmax,
-    flat: reshape them to M rows. Raises ValueError or TypeError for arguments that do not fit, BackendUnavailable for a
-    backend that cannot run.
+    Returns y [*N, M] in x's dtype, or that of torch.autocast; sums are in float32 (float64 for float64). x and bias
+    have gradients, which can be differentiated again; weight and scales have none. `encode_4bit` of a dense weight
+    [M, K] gives weight and absmax, flat: reshape them to M rows. Raises ValueError or TypeError for arguments that do
+    not fit, BackendUnavailable for a backend that cannot run.
     """
     if isinstance(nested_offset, Tensor) and nested_offset.shape == (1,):
         nested_offset = nested_offset.reshape(())
