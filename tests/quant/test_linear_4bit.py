@@ -192,6 +192,12 @@ class TestCache:
         monkeypatch.setattr(nf4_linear, "dequantize_nf4", lambda *_, **__: pytest.fail("decoded again"))
         layer(random(3, 128))
 
+    def test_made_in_inference_it_serves_training(self) -> None:
+        layer = quantised(cache_dequant="all")
+        with torch.inference_mode():
+            layer(random(3, 128))
+        assert torch.equal(backward(layer, random(3, 128))[1], backward(quantised(), random(3, 128))[1])
+
     @pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "requantised", "data"])
     def test_follows_the_parameters(self, change: str) -> None:
         layer, other = quantised(cache_dequant="all"), quantised(quant_type="int4").float()
@@ -311,6 +317,11 @@ class TestModule:
 def test_bad_layers(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         NF4Linear(**{"in_features": 128, "out_features": 48, **options})
+
+
+def test_a_dense_weight_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"quantize_: dense has shape \[128, 48\], expected \[48, 128\]"):
+        quantised().quantize_(dense().weight.detach().T)
 
 
 def test_a_quantised_layer_is_not_quantised_again() -> None:

@@ -245,6 +245,9 @@ class NF4Linear(nn.Linear):
     @torch.no_grad()
     def quantize_(self, dense: Tensor) -> None:
         """Takes over a dense weight [M, K]: float32, float16 or bfloat16."""
+        shape = (self.out_features, self.in_features)
+        if dense.shape != shape:
+            raise ValueError(f"NF4Linear.quantize_: dense has shape {list(dense.shape)}, expected {list(shape)}")
         q = _QUANTIZE[self.quant_type](dense, self.block_size, self.double_quant)
         self.weight.copy_(q.packed.view_as(self.weight))
         self.weight_absmax.copy_(q.absmax.view_as(self.weight_absmax))
@@ -298,7 +301,8 @@ class NF4Linear(nn.Linear):
         fresh = kept is not None and kept.stamp == stamp and all(a is b for a, b in zip(kept.source, now, strict=True))
         if kept is None or not fresh or kept.dense.dtype != dtype:
             decoded_as = torch.float32 if dtype == torch.float64 else dtype
-            dense = dequantize_nf4(self.quantized(), dtype=decoded_as).to(dtype)
+            with torch.inference_mode(False):  # a pass with gradients may come later
+                dense = dequantize_nf4(self.quantized(), dtype=decoded_as).to(dtype)
             self._cached = kept = _Cached(dense, now, stamp)
         return kept.dense
 
