@@ -133,7 +133,9 @@ def _forward(
     x = x if x.stride(-1) == 1 else x.contiguous()
     tile = _INTERPRETED if INTERPRET else _TILES[architecture(x.device), x.element_size()]
     n_tiles = triton.cdiv(M, tile.BLOCK_M)
-    n_splits = max(1, min(2 * multiprocessors(x.device) // n_tiles, triton.cdiv(K, 4 * tile.BLOCK_K)))
+    # Four programs a multiprocessor, with two or three steps in flight each, to cover the latency of memory; a share
+    # of fewer than four steps would be mostly the filling of that pipeline.
+    n_splits = max(1, min(4 * multiprocessors(x.device) // n_tiles, triton.cdiv(K, 4 * tile.BLOCK_K)))
     out = y if n_splits == 1 else x.new_empty(n_splits, N, M, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _linear_4bit_fwd[(n_tiles * n_splits,)](

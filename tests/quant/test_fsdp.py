@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -96,10 +96,21 @@ def work(rank: int, meeting: str, found: str) -> None:
     x, target = (data.chunk(2)[rank] for data in batch())
     losses = train(net, x, target, mean)
     assert all(torch.equal(weight.to_local(), old) for weight, old in zip(weights, before, strict=True))
+    with pytest.raises(TypeError, match=r"absmax has dtype torch\.bfloat16"):
+        in_half_precision(leave_scales_out=False)
+    assert in_half_precision(leave_scales_out=True).dtype == torch.bfloat16
     if rank == 0:
         torch.save(losses, found)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def in_half_precision(leave_scales_out: bool) -> Tensor:
+    """A pass under a policy that casts all parameters that it shards: scales must be left out."""
+    layer = Adapted(WIDTH, WIDTH, False, seed=0)
+    ignored = {layer.base.weight_absmax} if leave_scales_out else None
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    return fully_shard(layer, mp_policy=policy, ignored_params=ignored)(batch()[0])
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -108,6 +119,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="fully_shard of torch 2.11 cannot shard uint8 parameters")
 def test_two_processes_train_to_the_loss_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     workers = [
