@@ -279,17 +279,18 @@ _AOT_TILES = {
 def aot_specs() -> list[AotSpec]:
     """Every kernel in both formats, for elements of two and four bytes."""
     specs = []
-    for arch, (name, format), dtype in itertools.product((80, 90, 100), FORMATS.items(), ("bf16", "fp32")):
-        to = {"MANTISSA": format.mantissa}
-        here: dict[str, Any] = {"POWER_OF_TWO": False, "given_ptr": None}
-        for blocks, (height, tile) in _AOT_TILES.items():
-            how = {"BLOCK_ROWS": height, **to}
-            specs.append(_spec(_encode_fp8, f"encode {name} {blocks}", arch, tile, dtype, {**how, **here}))
-            specs.append(_spec(_decode_fp8, f"decode {name} {blocks}", arch, tile, dtype, how))
-        how = {"BLOCK_ROWS": 1, "POWER_OF_TWO": False, **to}
-        specs.append(_spec(_encode_fp8, f"encode {name} with scales", arch, _AOT_TILES["row"][1], dtype, how))
-        specs.append(_spec(_stripe_amax, f"stripe_amax {name}", arch, None, dtype, {"TILE": _STEP}))
-        specs.append(
-            _spec(_row_scale, f"row_scale {name}", arch, None, dtype, {"TILE": 1024, "POWER_OF_TWO": True, **to})
-        )
+    for arch, dtype in itertools.product((80, 90, 100), ("bf16", "fp32")):
+        specs.append(_spec(_stripe_amax, "stripe_amax", arch, None, dtype, {"TILE": _STEP}))
+        for name, format in FORMATS.items():
+            to = {"MANTISSA": format.mantissa}
+            for blocks, (height, tile) in _AOT_TILES.items():
+                how = {"BLOCK_ROWS": height, **to}
+                computed = {**how, "POWER_OF_TWO": False, "given_ptr": None}
+                specs.append(_spec(_encode_fp8, f"encode {name} {blocks}", arch, tile, dtype, computed))
+                specs.append(_spec(_decode_fp8, f"decode {name} {blocks}", arch, tile, dtype, how))
+            how = {"BLOCK_ROWS": 1, "POWER_OF_TWO": False, **to}
+            specs.append(_spec(_encode_fp8, f"encode {name} with scales", arch, _AOT_TILES["row"][1], dtype, how))
+    for arch, (name, format) in itertools.product((80, 90, 100), FORMATS.items()):
+        constants = {"TILE": 1024, "POWER_OF_TWO": True, "MANTISSA": format.mantissa}
+        specs.append(_spec(_row_scale, f"row_scale {name}", arch, None, "fp32", constants))
     return specs

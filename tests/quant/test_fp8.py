@@ -477,6 +477,8 @@ class TestErrors:
                 ValueError,
                 r"x has shape \[5\], .*\[128, 128\] needs at least 2 axes",
             ),
+            (lambda: encode_fp8(X, **WEIGHT, block=128), ValueError, "block is 128, expected rows and columns"),
+            (lambda: encode_fp8(X, **WEIGHT, block=()), ValueError, r"block is \(\), expected"),
             (lambda: encode_fp8(X[0, 0], **ROW), ValueError, "'row' needs at least 1 axes"),
             (lambda: encode_fp8(X, amax_floor=-1.0), ValueError, "amax_floor is -1.0, expected a finite number"),
             (lambda: encode_fp8(X, amax_floor=math.nan), ValueError, "amax_floor is nan"),

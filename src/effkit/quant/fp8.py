@@ -311,7 +311,7 @@ def quantize_fp8(
         amax_floor=amax_floor,
         backend=backend,
     )
-    block = block or _BLOCK if granularity == "block" else None
+    block = _checked_block("quantize_fp8", block) if granularity == "block" else None
     return QuantizedFP8(codes.view(FORMATS[format].dtype), scale, granularity, format, x.dtype, block)
 
 
@@ -473,17 +473,27 @@ def _checked_format(op: str, format: str) -> str:
 
 
 def _checked_block(op: str, block: tuple[int, int] | None) -> tuple[int, int]:
-    rows_columns = tuple(block or _BLOCK)
-    if len(rows_columns) != 2 or not all(isinstance(size, int) and size > 0 for size in rows_columns):
+    if block is None:
+        return _BLOCK
+    sizes = tuple(block) if isinstance(block, tuple | list) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"{op}: block is {block!r}, expected rows and columns, for example (128, 128) or (1, 128)")
-    return rows_columns
+    return sizes
 
 
 def _supports(block: tuple[int, int] | None, **arguments: Any) -> str | None:
     """Why the kernel cannot run, or None."""
-    if block is not None and math.prod([1 << (size - 1).bit_length() for size in block]) > _MOST:
+    if block is not None and _power_of_two(block[0]) * _power_of_two(block[1]) > _MOST:
         return f"a block of {list(block)} is more than the {_MOST} elements that a program holds"
     return None
+
+
+def _power_of_two(size: int) -> int:
+    """The next one from size on."""
+    power = 1
+    while power < size:
+        power *= 2
+    return power
 
 
 def _elements(case: Case) -> int:
