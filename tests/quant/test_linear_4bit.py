@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkit.quant.nf4_linear as nf4_linear
+from effkit.ops import INTERPRET
 from effkit.quant import NF4Linear, dequantize_nf4, linear_4bit, quantize_nf4
 from effkit.testing import DTYPES, assert_equivalent
 
+BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter)] if INTERPRET else ["reference", "torch"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -43,16 +46,17 @@ def backward(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
 
+@backends
 @every_dtype
 @pytest.mark.parametrize("options", [{}, {"double_quant": True, "block_size": 32}, {"quant_type": "fp4"}], ids=str)
-def test_is_the_dense_layer_of_its_weight(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_is_the_dense_layer_of_its_weight(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """Output and gradients of x and bias, against F.linear on what `dequantize` gives."""
     layer = quantised(**options)
     weight = layer.dequantize().weight.detach()
 
     def in_four_bits(x: Tensor, bias: Tensor) -> Tensor:
         scales = (layer.weight_nested_absmax, layer.weight_nested_offset)
-        options = dict(block_size=layer.block_size, quant_type=layer.quant_type)
+        options = dict(block_size=layer.block_size, quant_type=layer.quant_type, backend=backend)
         return linear_4bit(x, layer.weight, layer.weight_absmax, bias, *scales, **options)
 
     inputs = (random(5, 7, 128, dtype=dtype), random(48, seed=2, dtype=dtype))
@@ -140,21 +144,39 @@ def test_second_derivative() -> None:
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), x)
 
 
-def test_function_transforms() -> None:
-    """vmap over tokens and over layers, the jacobian, a forward pass without gradients."""
-    layer, other = quantised(6, 64), quantised(6, 64, quant_type="int4")
-    x = random(5, 64)
-    assert_equivalent(torch.func.vmap(layer), layer, (x,), grads=False)
+@backends
+def test_gradient_of_a_gradient(backend: str) -> None:
+    """What a penalty on a gradient differentiates."""
+    layer = quantised(40, 128)
 
-    def jacobian(x: Tensor) -> Tensor:
-        return torch.func.vmap(torch.func.jacrev(layer))(x)
+    def slope(f: Any, x: Tensor) -> Tensor:
+        return torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0]
+
+    def in_four_bits(x: Tensor) -> Tensor:
+        return slope(lambda x: linear_4bit(x, layer.weight, layer.weight_absmax, backend=backend), x)
 
     weight = layer.dequantize().weight.detach()
+    assert_equivalent(in_four_bits, lambda x: slope(lambda x: F.linear(x, weight.to(x.dtype)), x), (random(3, 128),))
+
+
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p != "reference"])
+def test_function_transforms(backend: str) -> None:
+    """vmap over tokens and over layers, and the jacobian."""
+    layer, other = quantised(6, 64), quantised(6, 64, quant_type="int4")
+    x = random(5, 64)
+
+    def call(x: Tensor, weight: Tensor = layer.weight, absmax: Tensor = layer.weight_absmax) -> Tensor:
+        return linear_4bit(x, weight, absmax, backend=backend)
+
+    def jacobian(x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(call))(x)
+
+    weight = layer.dequantize().weight.detach()
+    assert_equivalent(torch.func.vmap(call), lambda x: F.linear(x, weight.to(x.dtype)), (x,), grads=False)
     assert_equivalent(jacobian, lambda x: weight.to(x.dtype).expand(5, 6, 64), (x,), grads=False)
     weights, scales = torch.stack((layer.weight, other.weight)), torch.stack((layer.weight_absmax,) * 2)
-    each = torch.func.vmap(linear_4bit, in_dims=(None, 0, 0))(x, weights, scales)
-    alone = [linear_4bit(x, weight, layer.weight_absmax) for weight in weights]
-    assert torch.equal(each, torch.stack(alone))
+    each = torch.func.vmap(call, in_dims=(None, 0, 0))(x, weights, scales)
+    assert torch.equal(each, torch.stack([call(x, weight) for weight in weights]))
 
 
 def test_compiles_as_a_module() -> None:
