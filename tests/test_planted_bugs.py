@@ -69,6 +69,7 @@ DELTA, DELTA_CHUNKS, DELTA_BACKWARD, DELTA_KERNEL = (
     *(f"effkit/kernels/{name}.py" for name in ("_delta_chunks", "delta_backward", "chunk_delta")),
 )
 FP8, FP8_TILES, FP8_KERNEL = "effkit/quant/fp8.py", "effkit/kernels/_fp8.py", "effkit/kernels/fp8.py"
+FOUR_BIT, FOUR_BIT_KERNEL, KBIT = "effkit/quant/four_bit.py", "effkit/kernels/four_bit.py", "effkit/quant/kbit.py"
 LINEAR_4BIT, LINEAR_4BIT_KERNEL = "effkit/quant/nf4_linear.py", "effkit/kernels/linear_4bit.py"
 FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
     *(f"effkit/quant/{name}.py" for name in ("fp8_matmul", "fp8_linear")),
@@ -320,6 +321,19 @@ BUGS = (
         "triton"),
     Bug("scale of another block", FP8_KERNEL, "rows // BLOCK_ROWS) * across", "rows // BLOCK_ROWS)", ("weight",),
         "decode_fp8", "triton"),
+    Bug("a tie goes up", FOUR_BIT, "torch.le(z, threshold", "torch.lt(z, threshold", ("ties",), "encode_4bit"),
+    Bug("negative ties away from zero", FOUR_BIT, "thresholds.nextafter(thresholds.new_tensor(-1.0))", "thresholds",
+        ("fp4, ties",), "encode_4bit"),
+    Bug("halves of a byte swapped", FOUR_BIT, "ranks[:, 1], ranks[:, 0]", "ranks[:, 0], ranks[:, 1]", ("odd",),
+        "encode_4bit"),
+    Bug("scale of the block before", FOUR_BIT, "* absmax[whole]", "* absmax[whole - 1]", ("one past a block",),
+        "decode_4bit"),
+    Bug("a branch taken for another", FOUR_BIT_KERNEL, "t[13], t[9]", "t[9], t[13]", ("two",), "encode_4bit", "triton"),
+    Bug("a tie goes up", FOUR_BIT_KERNEL, "b0 = ~(z <= ", "b0 = (z >= ", ("ties",), "encode_4bit", "triton"),
+    Bug("reciprocal of nothing", FOUR_BIT_KERNEL, "absmax < _TINY", "absmax < 0", ("zeros",), "encode_4bit", "triton"),
+    Bug("halves of a byte swapped", FOUR_BIT_KERNEL, "pair >> 4, pair & 15", "pair & 15, pair >> 4", ("odd",),
+        "decode_4bit", "triton"),
+    Bug("one scale for all", KBIT, "(blocks * absmax[:, None])", "(blocks * absmax[0])", ("primes",), "decode_kbit"),
     *(
         replace(bug, op="linear_4bit")
         for bug in (
@@ -398,7 +412,7 @@ BUGS = (
         "adamw_fp8_step"),
     Bug("v not rounded up", ADAMW, "(new_v > 0) & (results[3] == 0)", "(new_v < 0) & (results[3] == 0)",
         ("v is rounded up",), "adamw_fp8_step"),
-    Bug("decay after the step", ADAMW_KERNEL, "p = decay * p - step_size * tl.div_rn(m", "p = decay * p - decay * step_size * tl.div_rn(m",
+    Bug("decay after the step", ADAMW_KERNEL, "decay * p - step_size *", "decay * p - decay * step_size *",
         ("weight",), "adamw_fp8_step", "triton"),
     Bug("m rounded up, too", ADAMW_KERNEL, "there, M_MANTISSA, False)", "there, M_MANTISSA, ROUND_UP)",
         ("v is rounded up",), "adamw_fp8_step", "triton"),

@@ -37,11 +37,12 @@ def smooth_swiglu_reference(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     h = (gate.to(wide) * torch.sigmoid(gate.to(wide)) * up.to(wide)).to(gate.dtype)
     rows = h.detach().to(wide).reshape(math.prod(h.shape[:-1]), h.shape[-1])
     amax = torch.cat((rows.abs(), rows.new_zeros(1, h.shape[-1]))).amax(0)  # 0 where there is no row
-    return h, smooth_scale(amax)
+    exponent = torch.ceil(torch.log2(amax.double())).clamp(-126, 126)
+    return h, torch.where((amax > 0) & amax.isfinite(), torch.exp2(-exponent).float(), 1.0)
 
 
 def smooth_scale(amax: Tensor) -> Tensor:
-    """2 ** -ceil(log2 amax) in float32 for each channel: amax times it is in (1/2, 1].
+    """2 ** -ceil(log2 amax) in float32 for each channel, on bits: amax times it is in (1/2, 1].
 
     1 where amax is 0, infinite or NaN. Exponents stay within -126 and 126, so that the inverse is a normal number, too.
     """
