@@ -328,7 +328,7 @@ BUGS = (
         "encode_4bit"),
     Bug("scale of the block before", FOUR_BIT, "* absmax[whole]", "* absmax[whole - 1]", ("one past a block",),
         "decode_4bit"),
-    Bug("a branch taken for another", FOUR_BIT_KERNEL, "t[13], t[9]", "t[9], t[13]", ("two",), "encode_4bit", "triton"),
+    Bug("a branch taken for another", FOUR_BIT_KERNEL, "t[13], t[9]", "t[9], t[13]", ("odd",), "encode_4bit", "triton"),
     Bug("a tie goes up", FOUR_BIT_KERNEL, "b0 = ~(z <= ", "b0 = (z >= ", ("ties",), "encode_4bit", "triton"),
     Bug("reciprocal of nothing", FOUR_BIT_KERNEL, "absmax < _TINY", "absmax < 0", ("zeros",), "encode_4bit", "triton"),
     Bug("halves of a byte swapped", FOUR_BIT_KERNEL, "pair >> 4, pair & 15", "pair & 15, pair >> 4", ("odd",),

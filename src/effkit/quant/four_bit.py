@@ -392,6 +392,13 @@ def _output_size(case: Case) -> int:
     return dtype.itemsize
 
 
+def _ties(value: Tensor) -> Tensor:
+    """Rows of 64 with the thresholds of all types beside a largest magnitude of 1."""
+    both = [sign * t for sign in (-1, 1) for t in TABLES["fp4 thresholds"][7:]]
+    row = [1.0, *TABLES["nf4 thresholds"], *TABLES["int4 thresholds"][1:], *both]
+    return torch.tensor(row + [0.0] * (64 - len(row)), dtype=torch.float64).expand(value.shape)
+
+
 def _bytes(value: Tensor) -> Tensor:
     """Normal values as bytes that are all equally likely."""
     return (torch.special.ndtr(value) * 256).clamp(0, 255).to(torch.uint8)
@@ -421,6 +428,9 @@ _ENCODE_CASES = (
     Case("fp4", {"*N": (67, 67)}, {"quant_type": "fp4"}),
     Case("int4", {"*N": (67, 67)}, {"quant_type": "int4"}),
     Case("fp4, zeros", {"*N": (130,)}, {"quant_type": "fp4"}, gain={"x": 0.0}),
+    Case("ties", {"*N": (3, 64)}, draw={"x": _ties}),
+    Case("fp4, ties", {"*N": (3, 64)}, {"quant_type": "fp4"}, draw={"x": _ties}),
+    Case("int4, ties", {"*N": (3, 64)}, {"quant_type": "int4"}, draw={"x": _ties}),
     Case("zeros", {"*N": (67,)}, gain={"x": 0.0}),
     Case("below the normal numbers", {"*N": (130,)}, gain={"x": 1e-39}),
     Case("strided", {"*N": (7, 33)}, layout="strided"),
