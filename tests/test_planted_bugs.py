@@ -404,7 +404,7 @@ BUGS = (
         ("several axes, e5m2",), "encode_smooth_fp8"),
     Bug("floor of the logarithm", SMOOTH_KERNEL, "(amax + 0x7FFFFF) >> 23", "amax >> 23", ("primes",), "smooth_swiglu",
         "triton"),
-    Bug("last stripe not folded", SMOOTH_KERNEL, "in range(n_stripes)", "in range(n_stripes - 1)", ("many rows",),
+    Bug("last stripe not folded", SMOOTH_KERNEL, "in range(n_stripes)", "in range(n_stripes - 1)", ("primes",),
         "smooth_swiglu", "triton"),
     Bug("scales of the first channels", SMOOTH_KERNEL, "tl.load(scale_ptr + channels,",
         "tl.load(scale_ptr + channels % BLOCK_C,", ("one past a block",), "encode_smooth_fp8", "triton"),
