@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effkit.kernels._common import INTERPRET, AotSpec, cast
 from effkit.kernels._fp8 import magnitude
-from effkit.quant.four_bit import QUANT_TYPES, TABLES, code_table
+from effkit.quant.four_bit import TABLES, code_table
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -159,7 +159,7 @@ def decode_4bit(
 
 
 def aot_specs() -> list[AotSpec]:
-    """Both kernels for the smallest, the usual and the largest block, each type, narrow and wide values."""
+    """Both kernels: the smallest, the usual and the largest block, ordered and other codes, narrow and wide values."""
     specs = []
     for arch, block_size, dtype in itertools.product((80, 90, 100), (32, 64, 4096), ("bf16", "fp32")):
         sizes = {"BLOCK_SIZE": block_size, "ROWS": _rows(block_size)}
@@ -167,7 +167,9 @@ def aot_specs() -> list[AotSpec]:
         decoding = pointers | {"table_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         name = f"{block_size} {dtype}"
         specs.append(AotSpec(f"decode_4bit {name}", _decode_4bit, decoding, sizes, 4, 1, arch))
-        for quant_type in QUANT_TYPES if block_size == 64 else ("nf4",):
+        for quant_type in (
+            ("nf4", "fp4") if block_size == 64 else ("nf4",)
+        ):  # int4 has other constants than nf4, no more
             constants = sizes | _search(quant_type)
             encoding = pointers | {"x_ptr": f"*{dtype}"}
             specs.append(AotSpec(f"encode_4bit {quant_type} {name}", _encode_4bit, encoding, constants, 4, 1, arch))

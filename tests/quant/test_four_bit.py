@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -189,6 +190,25 @@ class TestStrangeValues:
             torch.tensor([0x88], dtype=torch.uint8), torch.ones(1), shape=(2,), quant_type="fp4", backend=backend
         )
         assert y.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRET, reason="of the torch path")
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_code_gives_the_same_bits() -> None:
+    """Compiled in earnest, since decoding takes another way there: odd numbers, NaN, infinities, ties of rounding."""
+
+    def both(x: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        packed, absmax = encode_4bit(x, quant_type="fp4")
+        shape = tuple(x.shape)
+        return packed, absmax, *(decode_4bit(packed, scales, shape=shape, dtype=dtype) for dtype in DTYPES)
+
+    x = draw(37, 67)
+    scales = torch.cat((torch.tensor([math.nan, math.inf, 3.39e38, 1e5, 1.0, 1e-6, 1e-39]), draw(32).abs()))
+    compiled = torch.compile(both, fullgraph=True, dynamic=False)
+    for mine, plain in zip(compiled(x, scales), both(x, scales), strict=True):
+        nan = plain.isnan()
+        assert torch.equal(mine.isnan(), nan) and torch.equal(mine[~nan], plain[~nan])
 
 
 class TestBlocks:

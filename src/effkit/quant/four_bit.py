@@ -123,9 +123,8 @@ def decode_4bit_torch(
     n = math.prod(shape)
     if torch.compiler.is_compiling():
         scales = absmax[:, None].expand(-1, block_size // 2).flatten()[: len(packed)]
-        codes = packed.int()
-        pairs = torch.stack((_chosen(codes >> 4, quant_type) * scales, _chosen(codes, quant_type) * scales), 1)
-        return pairs.flatten()[:n].to(dtype).view(shape)
+        first, second = (_chosen(codes, quant_type) * scales for codes in (packed.int() >> 4, packed.int()))
+        return _in_turns(first, second, dtype)[:n].view(shape)
     pairs, whole = _constant(f"{quant_type} pairs", packed.device), n // block_size
     y = torch.empty(n, dtype=dtype, device=packed.device)
     tile = max(1, _tile(packed) // block_size)
@@ -318,6 +317,27 @@ def _chosen(codes: Tensor, quant_type: str) -> Tensor:
     for bit in (1, 2, 4, 8):
         choices = [torch.where((codes & bit) != 0, b, a) for a, b in zip(choices[::2], choices[1::2], strict=True)]
     return choices[0]
+
+
+def _in_turns(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """first[0], second[0], first[1], ... in dtype.
+
+    A pair is written as one integer of twice the width, the first value in its lower half, which comes first in memory:
+    that becomes vector code, single values at every other place do not.
+    """
+    if dtype == torch.float32:
+        low, high = first.view(torch.int32).long(), second.view(torch.int32).long()
+        return (high << 32 | low & 0xFFFFFFFF).view(dtype)
+    if dtype == torch.bfloat16:
+        low, high = _bfloat16_bits(first), _bfloat16_bits(second)
+        return (high & -65536 | low >> 16 & 0xFFFF).view(dtype)
+    return torch.stack((first, second), 1).flatten().to(dtype)
+
+
+def _bfloat16_bits(values: Tensor) -> Tensor:
+    """float32 values rounded to nearest even, as int32: bfloat16 in the upper half, the lower one to be cut off."""
+    bits = values.view(torch.int32)  # values == values, since isnan does not become vector code
+    return torch.where(values == values, bits + 0x7FFF + (bits >> 16 & 1), 0x7FC00000)
 
 
 def _tile(x: Tensor) -> int:
