@@ -186,6 +186,15 @@ def test_compiles_as_a_module() -> None:
     assert_equivalent(compiled, layer, (random(3, 128),))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operator_of_compiled_code(transposed: bool) -> None:
+    layer = quantised(double_quant=True)
+    scales = (layer.weight_nested_absmax, layer.weight_nested_offset.reshape(()))
+    x, bias = (random(3, 48), None) if transposed else (random(3, 128), layer.bias.detach())
+    arguments = (x, layer.weight, layer.weight_absmax, bias, *scales, 64, "nf4", "torch", transposed)
+    torch.library.opcheck(torch.ops.effkit.linear_4bit_product, arguments)
+
+
 @pytest.mark.parametrize("cache", ["none", "all"])
 def test_autocast_computes_as_a_dense_layer_would(cache: str) -> None:
     layer = quantised(cache_dequant=cache)

@@ -375,34 +375,9 @@ class _Product(torch.autograd.Function):
         backend: str,
         transposed: bool,
     ) -> Tensor:
-        M, K = weight.shape[0], weight.shape[1] * (1 if absmax is None else 2)
-        if absmax is not None and nested_absmax is not None and nested_offset is not None:
-            absmax = decode_scales(absmax.flatten(), nested_absmax, nested_offset).view_as(absmax)
-
-        def piece(rows: slice, columns: slice) -> Tensor:
-            """W[rows, columns] in the dtype of x; columns begin and end with a block."""
-            if absmax is None:
-                return weight[rows, columns].contiguous()  # laid out as a decoded piece: the same bits come out
-            halves = slice(columns.start // 2, columns.stop // 2)
-            blocks = slice(columns.start // block_size, columns.stop // block_size)
-            return DECODE_4BIT.implementation(backend)(
-                weight[rows, halves].flatten(),
-                absmax[rows, blocks].flatten(),
-                shape=(rows.stop - rows.start, columns.stop - columns.start),
-                dtype=x.dtype,
-                block_size=block_size,
-                quant_type=quant_type,
-            )
-
-        # Both ways a piece of W makes a piece of the result, so that no sum is rounded on the way.
-        if transposed:
-            pieces = [x @ piece(slice(0, M), columns) for columns in _pieces(K, block_size, x)]
-        else:
-            bias = None if bias is None else bias.to(x.dtype)
-            pieces = [
-                F.linear(x, piece(rows, slice(0, K)), None if bias is None else bias[rows]) for rows in _pieces(M, 1, x)
-            ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        # A compiler gets it as one operator: it would decode W in one piece, and keep that for the backward pass.
+        run = torch.ops.effkit.linear_4bit_product if torch.compiler.is_compiling() else _product
+        return run(x, weight, absmax, bias, nested_absmax, nested_offset, block_size, quant_type, backend, transposed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -424,8 +399,6 @@ def gradients(ctx: Any, dy: Tensor, transposed: bool = False) -> tuple[Tensor | 
     weight, absmax, nested_absmax, nested_offset = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        if torch.compiler.is_compiling():
-            weight = weight ^ 0  # else the compiler sees W decoded twice, and keeps it; it sees through a copy
         block_size, quant_type, backend = ctx.options
         dx = product(
             dy, weight, absmax, None, nested_absmax, nested_offset, block_size, quant_type, backend, not transposed
@@ -436,11 +409,65 @@ def gradients(ctx: Any, dy: Tensor, transposed: bool = False) -> tuple[Tensor | 
     return dx, None, None, dbias, None, None, None, None, None, None
 
 
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    bias: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    quant_type: str,
+    backend: str,
+    transposed: bool,
+) -> Tensor:
+    """See `product`. Both ways a piece of W makes a piece of the result, so that no sum is rounded on the way."""
+    M, K = weight.shape[0], weight.shape[1] * (1 if absmax is None else 2)
+    if absmax is not None and nested_absmax is not None and nested_offset is not None:
+        absmax = decode_scales(absmax.flatten(), nested_absmax, nested_offset).view_as(absmax)
+
+    def piece(rows: slice, columns: slice) -> Tensor:
+        """W[rows, columns] in the dtype of x; columns begin and end with a block."""
+        if absmax is None:
+            return weight[rows, columns].contiguous()  # laid out as a decoded piece: the same bits come out
+        halves = slice(columns.start // 2, columns.stop // 2)
+        blocks = slice(columns.start // block_size, columns.stop // block_size)
+        return DECODE_4BIT.implementation(backend)(
+            weight[rows, halves].flatten(),
+            absmax[rows, blocks].flatten(),
+            shape=(rows.stop - rows.start, columns.stop - columns.start),
+            dtype=x.dtype,
+            block_size=block_size,
+            quant_type=quant_type,
+        )
+
+    if transposed:
+        pieces = [x @ piece(slice(0, M), columns) for columns in _pieces(K, block_size, x)]
+    else:
+        bias = None if bias is None else bias.to(x.dtype)
+        pieces = [
+            F.linear(x, piece(rows, slice(0, K)), None if bias is None else bias[rows]) for rows in _pieces(M, 1, x)
+        ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _fake_product(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    transposed = others[-1]
+    return x.new_empty(*x.shape[:-1], 2 * weight.shape[1] if transposed else weight.shape[0])
+
+
+_library = torch.library.Library("effkit", "FRAGMENT")
+_library.define(
+    "linear_4bit_product(Tensor x, Tensor weight, Tensor? absmax, Tensor? bias, Tensor? nested_absmax, "
+    "Tensor? nested_offset, int block_size, str quant_type, str backend, bool transposed) -> Tensor"
+)
+_library.impl("linear_4bit_product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake("effkit::linear_4bit_product", _fake_product, lib=_library)
+
+
 def _pieces(length: int, step: int, x: Tensor) -> Iterator[slice]:
     """Slices of an axis of the weight: on a CPU a few hundred rows, or columns in whole steps; elsewhere one."""
-    width = length
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        width = max(_PIECE, step)
+    width = max(_PIECE, step) if x.device.type == "cpu" else length
     return (slice(start, min(start + width, length)) for start in range(0, max(1, length), max(1, width)))
 
 
