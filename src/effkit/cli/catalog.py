@@ -107,7 +107,7 @@ def _cost(op: Op, case: Case) -> dict[str, Any]:
     return {
         "case": case.name,
         "sizes": dict(case.sizes),
-        "options": dict(case.options),
+        "options": {name: str(x) if isinstance(x, torch.dtype) else x for name, x in case.options.items()},
         "large": case.large,
         "flops": op.flops(case),
         "bytes_fp32": 4 * op.traffic(case) + op.other_bytes(case),

@@ -1,6 +1,7 @@
 """Four bits for a weight: NF4, FP4 and INT4 in blocks that share a scale, and double quantisation of the scales.
 
-    a_g = max |x_i| over block g        code_i = #{t : x_i / a_g > t}, t the 15 midpoints of a table of 16 values
+    a_g = max |x_i| over block g
+    code_i = how many of 15 thresholds x_i / a_g lies beyond, the midpoints of a table of 16 values
     x_i ~ table[code_i] a_g
 
 Dettmers et al., QLoRA, arXiv 2305.14314, sections 2 and 3. NF4's table has the quantiles of a normal distribution, of
@@ -8,13 +9,14 @@ which each is hit about as often as any other, and an exact zero; FP4 is bitsand
 exponent and one of mantissa, not the E2M1 of OCP; INT4 is evenly spaced. Double quantisation stores the scales, less
 their mean, in 8 bits with one float32 scale for 256 of them (the dynamic map of `effkit.quant.kbit`).
 
-Codes, scales and values are those of bitsandbytes bit for bit, but for what it loses on a CPU (FP4 ties, -0, blocks
-below the normal numbers; see docs/encode_4bit.md). Blocks run over the flattened tensor and ignore its rows.
+Codes, scales and values are those of bitsandbytes bit for bit; docs/encode_4bit.md lists the strange values for which
+its backends differ among themselves. Blocks run over the flattened tensor and ignore its rows.
 
-Cost: 4.5 bits a value (4.127 with double quantisation) instead of 16. Encoding reads x once and compares each value 15
-times or searches; decoding reads half a byte, writes a value. When not to use it: below about 64 values the scale costs
-more than it gains, and activations with outliers spoil their whole block. With blocks of 64 a normal weight keeps
-20.7 dB of signal over noise: some models need their most sensitive layers left alone.
+Cost: 4.5 bits a value (4.127 with double quantisation) instead of 16. Encoding reads x once and compares each value
+with 15 thresholds, or with 4 by halves; decoding reads half a byte and writes a value.
+
+When not to use it: for activations, whose outliers spoil their whole block, and for values that are far from normal. A
+normal weight in blocks of 64 keeps 20.7 dB of signal over noise: leave a model's most sensitive layers alone.
 """
 
 from __future__ import annotations
@@ -359,7 +361,10 @@ def _make(name: str, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else torch.uint8, device=device)
 
 
-_made = functools.cache(_make)
+@functools.cache
+def _made(name: str, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # else a table first asked for in that mode were of no use outside of it
+        return _make(name, device)
 
 
 def _ascending(quant_type: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -379,6 +384,7 @@ def _ascending(quant_type: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
     return tuple(thresholds.tolist()), tuple(order.tolist())
 
 
+# What `_constant` puts on a device, by name: values of codes, and what is derived from them.
 _FP4_MAGNITUDES = tuple(x / 12 for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 TABLES: dict[str, tuple[Any, ...]] = {
     "nf4": (
