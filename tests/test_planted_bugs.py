@@ -75,7 +75,7 @@ FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
     *(f"effkit/quant/{name}.py" for name in ("fp8_matmul", "fp8_linear")),
     "effkit/kernels/fp8_linear.py",
 )
-SMOOTH, SMOOTH_KERNEL = "effkit/quant/smooth_swiglu.py", "effkit/kernels/smooth_swiglu.py"
+SMOOTH, SMOOTH_KERNEL = "effkit/quant/fp8_swiglu.py", "effkit/kernels/fp8_swiglu.py"
 ADAMW, ADAMW_KERNEL = "effkit/quant/fp8_adamw.py", "effkit/kernels/fp8_adamw.py"
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),

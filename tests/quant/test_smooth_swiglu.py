@@ -19,7 +19,7 @@ from effkit.quant import (
     merge_smooth_scales,
     smooth_swiglu,
 )
-from effkit.quant.smooth_swiglu import smooth_linear
+from effkit.quant.fp8_swiglu import smooth_linear
 from effkit.testing import assert_equivalent
 
 BACKENDS = [pytest.param("triton", marks=pytest.mark.interpreter)] if INTERPRET else ["reference", "torch"]

@@ -27,6 +27,7 @@ from effkit.quant.fp8 import (
 from effkit.quant.fp8_adamw import AdamWFP8, adamw_fp8_step
 from effkit.quant.fp8_linear import FP8Linear, linear_fp8
 from effkit.quant.fp8_matmul import matmul_fp8
+from effkit.quant.fp8_swiglu import SmoothSwiGLU, encode_smooth_fp8, merge_smooth_scales, smooth_swiglu
 from effkit.quant.fp8_training import RECIPES, DelayedScaling, FP8Recipe, synchronize_amax, update_fp8_scales
 from effkit.quant.kbit import (
     QuantizedKbit,
@@ -38,7 +39,6 @@ from effkit.quant.kbit import (
     quantize_kbit,
 )
 from effkit.quant.nf4_linear import NF4Linear, linear_4bit
-from effkit.quant.smooth_swiglu import SmoothSwiGLU, encode_smooth_fp8, merge_smooth_scales, smooth_swiglu
 
 __all__ = [
     "FORMATS",

@@ -14,7 +14,7 @@ from torch import Tensor
 from effkit.kernels._common import INTERPRET, LOG2E, AotSpec, architecture, cast, multiprocessors
 from effkit.kernels._fp8 import magnitude, to_fp8
 from effkit.quant.fp8 import FORMATS
-from effkit.quant.smooth_swiglu import PEAK, batched, swiglu_gradients
+from effkit.quant.fp8_swiglu import PEAK, batched, swiglu_gradients
 
 
 @triton.jit

@@ -391,7 +391,7 @@ SMOOTH_SWIGLU = register(
         function=smooth_swiglu,
         reference=smooth_swiglu_reference,
         torch=smooth_swiglu_torch,
-        triton="effkit.kernels.smooth_swiglu:smooth_swiglu",
+        triton="effkit.kernels.fp8_swiglu:smooth_swiglu",
         supports=_supports,
         cases=_CASES,
         bench=_BENCH,
@@ -415,7 +415,7 @@ ENCODE_SMOOTH_FP8 = register(
         function=encode_smooth_fp8,
         reference=encode_smooth_fp8_reference,
         torch=encode_smooth_fp8_torch,
-        triton="effkit.kernels.smooth_swiglu:encode_smooth_fp8",
+        triton="effkit.kernels.fp8_swiglu:encode_smooth_fp8",
         exact=True,
         cases=(
             Case("one", {"*N": (1,), "C": 1}),
