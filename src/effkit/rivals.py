@@ -273,6 +273,17 @@ def bitsandbytes_decode_4bit(
     return resolve("bitsandbytes.functional:dequantize_4bit")(packed[:, None], state)
 
 
+@rival(lambda packed, **_: _cannot_compile(packed))
+def decode_4bit_compiled(packed: Tensor, absmax: Tensor, **options: Any) -> Tensor:
+    """effkit's torch path through torch.compile, for the shape."""
+    return _compiled_decode_4bit()(packed, absmax, **options)
+
+
+@functools.cache
+def _compiled_decode_4bit() -> Callable[..., Any]:
+    return torch.compile(resolve("effkit.quant.four_bit:decode_4bit_torch"), dynamic=False)
+
+
 @rival(_no_bitsandbytes)
 def bitsandbytes_encode_kbit(x: Tensor, codebook: Tensor, *, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Its 8-bit quantisation in blocks. On a CPU it rounds by a table, and is one code off now and then."""

@@ -527,7 +527,10 @@ DECODE_4BIT = register(
         triton="effkit.kernels.four_bit:decode_4bit",
         cases=_DECODE_CASES,
         bench=_DECODE_BENCH,
-        rivals={"bitsandbytes": "effkit.rivals:bitsandbytes_decode_4bit"},
+        rivals={
+            "bitsandbytes": "effkit.rivals:bitsandbytes_decode_4bit",
+            "compiled": "effkit.rivals:decode_4bit_compiled",
+        },
         grads=(),
         exact=True,
         flops=_elements,
