@@ -1,7 +1,9 @@
 """What FP8 products and FP8Linear for inference promise beyond equality with their references on the ledger's cases."""
 
 import copy
+import functools
 import io
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -295,6 +297,19 @@ class TestLayer:
         y = compiled(x)
         assert torch.equal(y, layer(x))
         assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, layer(x))))
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+    @pytest.mark.parametrize("k", [140, 300])
+    def test_compiled_to_machine_code(self, k: int) -> None:
+        """Blocks with columns left over, where torch's compiler for CPUs can go wrong."""
+        layer, x = FP8Linear.from_module(dense(33, k)), draw(7, k)
+        weight, bias = layer.dequantize().weight.detach(), layer.bias.detach()
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True)
+        assert_equivalent(compiled, lambda x: F.linear(x, weight.to(x.dtype), bias.to(x.dtype)), (x,))
+        encode = functools.partial(encode_fp8, granularity="block", block=(1, 128))
+        assert all(map(torch.equal, torch.compile(encode, fullgraph=True)(x), encode(x)))
 
     def test_under_autocast(self) -> None:
         layer = FP8Linear.from_module(dense(8, 16))
