@@ -294,6 +294,7 @@ class TestModule:
         assert type(back) is nn.Linear and back.bias is None and back.weight.dtype == torch.bfloat16
         meta = NF4Linear.from_module(nn.Linear(128, 48, device="meta"))
         assert all(parameter.is_meta for parameter in meta.parameters())
+        assert meta(torch.zeros(3, 128, device="meta")).shape == (3, 48)
 
     @pytest.mark.parametrize(
         "cast", [lambda m: m.to(torch.bfloat16), nn.Module.half, nn.Module.double, nn.Module.bfloat16]

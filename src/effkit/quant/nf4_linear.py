@@ -521,7 +521,7 @@ def _check_sizes(sizes: dict[str, int], block_size: int) -> None:
 def _as_autocast(x: Tensor) -> Tensor:
     """x in the dtype that F.linear would compute in under torch.autocast."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
