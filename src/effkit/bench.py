@@ -389,7 +389,7 @@ def _call(op: Op, provider: Provider, case: Case, inputs: Mapping[str, Tensor], 
 
     def both() -> Any:
         outputs = provider.call(**{**inputs, **leaves}, **case.options)
-        outputs = list(flat_tensors(outputs))
+        outputs = [out for out in flat_tensors(outputs) if out.requires_grad]
         if not cotangents:
             cotangents.extend(torch.randn_like(out) for out in outputs)
         return torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)

@@ -466,7 +466,7 @@ ADAMW_FP8_STEP = register(
             _case("embedding", (32000, 4096), large=True),
         ),
         bench=(
-            _case("1k x 4k", (1024, 4096)),
+            _case("512 x 2048", (512, 2048)),
             _case("4k x 4k", (4096, 4096), large=True),
             _case("4k x 14336", (4096, 14336), large=True),
         ),
