@@ -84,6 +84,19 @@ def test_techniques_do_what_they_say(whole):
         assert sizes[0] > sizes[1] > sizes[2] and caches[0] < caches[1] < caches[2] and bits[0] > bits[1] > bits[2]
 
 
+def test_quantised_weights_take_less_and_lose_little(whole):
+    """The order of the formats is a matter of more windows: tests/quant/test_quality.py."""
+    lines = lines_of(whole[1])
+    baseline = lines["baseline (torch SDPA)", False]
+    rows = [lines[name, False] for name in ("FP8 weights", "NF4 weights", "NF4, double quantised")]
+    assert all(row["parameters"] == baseline["parameters"] == 4_492_800 for row in rows)
+    dense = baseline["bytes"] - 4 * 4_423_680  # what is left of embeddings and norms
+    packed = [8 * (row["bytes"] - dense) / 4_423_680 for row in rows]
+    assert 8 < packed[0] < 8.01 and packed[1] == 4.5 and 4.126 < packed[2] < 4.13
+    assert all(row["bits_per_byte"] < 1.05 * baseline["bits_per_byte"] for row in rows)
+    assert all(row["largest_logit_difference"] > 0 for row in rows)
+
+
 def test_rows_start_from_a_fresh_model_and_json_alone_goes_to_stdout(whole, monkeypatch):
     baseline, grouped = demo.ROWS[0], next(row for row in demo.ROWS if row.heals)
     monkeypatch.setattr(demo, "ROWS", (grouped, baseline))
@@ -111,13 +124,15 @@ def test_missing_folder_is_said_before_the_work(tmp_path):
 
 def test_table_fits_80_columns():
     longest = max((row.name for row in demo.ROWS), key=len)
-    line = demo.Measured(longest, 0, 12.3456, 4_492_800, 6144.0, 123_456.0, 1234.0, 12.3456, "\n" + "x" * 200)
+    line = demo.Measured(
+        longest, 0, 12.3456, 4_492_800, 17_971_200, 6144.0, 123_456.0, 1234.0, 12.3456, "\n" + "x" * 200
+    )
     healed = dataclasses.replace(line, heal_steps=100)
     file = io.StringIO()
     demo._print_rows(Console(file=file, width=80, markup=False, highlight=False), [line, healed], 100.0)
     shown = file.getvalue().splitlines()
     assert max(map(len, shown)) <= 80
-    table = [text for text in shown if re.search(r"4,492,800", text)]
+    table = [text for text in shown if re.search(r" 17\.97 ", text)]
     assert len(table) == 2 and all(f"{longest} " in text or "healed, 100 steps" in text for text in table)
     assert all(text.endswith("12") for text in table)
 

@@ -34,6 +34,7 @@ from effkit.change import Change, ChangeConfig
 from effkit.cli import output
 from effkit.cli.arguments import find_device
 from effkit.norm import DyTConfig
+from effkit.quant import FP8Config, NF4Config, quantization_report
 
 PROMPT = 'def read_lines(path):\n    """Return'
 SAMPLE_BYTES = 56  # with its title 80 columns wide
@@ -73,6 +74,7 @@ class Measured:
     heal_steps: int
     bits_per_byte: float
     parameters: int
+    bytes: int
     cache_bytes_per_token: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -106,6 +108,11 @@ ROWS = (
     Row("GQA, 8 -> 4 kv heads", changed_by(GQAConfig(num_kv_heads=4)), heals=True),
     Row("GQA, 8 -> 1 kv heads", changed_by(GQAConfig(num_kv_heads=1)), heals=True),
     Row("DyT for every norm", changed_by(DyTConfig()), heals=True),
+    Row("FP8 weights", changed_by(FP8Config())),
+    Row("NF4 weights", changed_by(NF4Config())),
+    Row("NF4, double quantised", changed_by(NF4Config(double_quant=True))),
+    Row("FP4 weights", changed_by(NF4Config(quant_type="fp4"))),
+    Row("INT4 weights", changed_by(NF4Config(quant_type="int4"))),
 )
 FULL = Effort(windows=32, heal_steps=40, distill_steps=16, heal_rows=2)
 QUICK = Effort(windows=4, heal_steps=2, distill_steps=1, heal_rows=2)
@@ -177,8 +184,8 @@ class _Bench:
         decode = SAMPLE_BYTES / (time.perf_counter() - start)
         self._advance(_SAMPLE_WORK)
         cache = zoo.cache_bytes_per_token(model, self.heldout[0][:1, :-1])
-        parameters = sum(p.numel() for p in model.parameters())
-        return Measured(name, steps, bits, parameters, cache, prefill, decode, difference, sample)
+        size = quantization_report(model)
+        return Measured(name, steps, bits, size.parameters, size.bytes, cache, prefill, decode, difference, sample)
 
     @torch.no_grad()
     def _logits(self, model: nn.Module) -> Tensor:
@@ -224,13 +231,13 @@ def _print_rows(console: Console, measured: list[Measured], seconds: float) -> N
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("technique", no_wrap=True)
     speeds = ("prefill\ntokens/s", "decode\ntokens/s")
-    for head in ("bits per\nbyte", "parameters", "cache\nB/token", *speeds, "logits\nmoved"):
+    for head in ("bits per\nbyte", "weights\nMB", "cache\nB/token", *speeds, "logits\nmoved"):
         table.add_column(head, justify="right", no_wrap=True)
     for line in measured:
         table.add_row(
             _title(line),
             f"{line.bits_per_byte:.3f}",
-            f"{line.parameters:,}",
+            f"{line.bytes / 1e6:.2f}",
             f"{line.cache_bytes_per_token:,.0f}",
             f"{line.prefill_tokens_per_second:,.0f}",
             f"{line.decode_tokens_per_second:,.0f}",
