@@ -235,6 +235,10 @@ class TestTheOptimizer:
             AdamWFP8([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
         with pytest.raises(TypeError, match=r"a parameter has dtype torch.float64, choices"):
             AdamWFP8([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+        sharded = nn.Parameter(torch.ones(3))
+        sharded.placements = ()  # what tells a DTensor
+        with pytest.raises(TypeError, match="a parameter is a DTensor, whose state could not be saved"):
+            AdamWFP8([sharded])
         for options, message in (
             (dict(block_size=48), "block_size is 48"),
             (dict(lr=-1.0), "lr is -1.0"),

@@ -329,6 +329,10 @@ class TestTheModule:
     def test_errors(self) -> None:
         with pytest.raises(TypeError, match="mlp is Linear, expected linear layers gate_proj, up_proj and down_proj"):
             SmoothSwiGLU.from_module(nn.Linear(3, 4))
+        quantised = GatedMLP(4, 8)
+        quantised.down_proj = FP8Linear.from_module(quantised.down_proj)  # for inference
+        with pytest.raises(TypeError, match=r"mlp is GatedMLP, expected .* with floating weights"):
+            SmoothSwiGLU.from_module(quantised)
         with pytest.raises(ValueError, match="expected SiLU"):
             SmoothSwiGLU.from_module(GatedMLP(4, 8, act_fn=F.gelu))
         with pytest.raises(ValueError, match="gradient_format is 'e3m4', choices: 'e4m3', 'e5m2'"):

@@ -8,7 +8,7 @@ channel sets the scale of the whole tensor, and the others fall into FP8's subno
 peaks in (1/2, 1]. As s is a power of two, multiplying and dividing by it lose nothing.
 
 Cost: h is written once, the maxima are taken while it is at hand, and the codes are made in one more read: 9 bytes an
-element in bfloat16, 7 more than two fused matrix products would need. Backward reads gate and up, which alone are kept.
+element in bfloat16. Backward reads dh, gate and up, of which gate and up are kept, and writes two gradients.
 
 When not to use it: without FP8, where it changes nothing; with scales by token or by block of channels, which contain
 most of such an outlier. s is as fresh as its batch: an input alone and in a batch need not give the same bits, unless
@@ -204,10 +204,10 @@ class SmoothSwiGLU(nn.Module):
         gate: Any = getattr(mlp, "gate_proj", None)
         up: Any = getattr(mlp, "up_proj", None)
         down: Any = getattr(mlp, "down_proj", None)
-        if not all(isinstance(projection, nn.Linear) for projection in (gate, up, down)):
+        if not all(isinstance(layer, nn.Linear) and layer.weight.dtype in _DTYPES[:3] for layer in (gate, up, down)):
             raise TypeError(
                 f"SmoothSwiGLU.from_module: mlp is {type(mlp).__name__}, expected linear layers gate_proj, up_proj and "
-                "down_proj"
+                "down_proj with floating weights"
             )
         probe = torch.linspace(-4, 4, 9)
         if not torch.equal(getattr(mlp, "act_fn", F.silu)(probe), F.silu(probe)):
