@@ -210,6 +210,11 @@ def test_compiled_code_gives_the_same_bits() -> None:
         nan = plain.isnan()
         assert torch.equal(mine.isnan(), nan) and torch.equal(mine[~nan], plain[~nan])
 
+    # Decoding alone becomes other code: a loop over blocks, of which the last may be cut short.
+    packed, absmax = encode_4bit(x)
+    decode = torch.compile(decode_4bit, fullgraph=True, dynamic=False)
+    assert torch.equal(decode(packed, absmax, shape=(37, 67)), decode_4bit(packed, absmax, shape=(37, 67)))
+
 
 class TestBlocks:
     @backends
