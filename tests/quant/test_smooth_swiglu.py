@@ -38,8 +38,8 @@ def with_maxima(*maxima: float) -> tuple[Tensor, Tensor]:
 
 
 def with_outlier(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """gate and up [512, 256] of which one channel is aligned and has grown."""
-    gate, up = draw(512, 256, seed=1), draw(512, 256, seed=2)
+    """gate and up [128, 256] of which one channel is aligned and has grown."""
+    gate, up = draw(128, 256, seed=1), draw(128, 256, seed=2)
     gate[:, 7] = up[:, 7] = 400 * up[:, 7]
     return gate.to(dtype), up.to(dtype)
 
