@@ -56,15 +56,16 @@ class ChangeConfig:
 class Edit:
     """What a handler did: the names it matched, and how to undo it (None: the original is gone, with the reason).
 
-    With a reason as well as undo, `apply` calls that only if a later config fails, and lets go of it, and of what it
-    holds, at its end. undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep
-    copy of the model then undoes itself.
+    undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
+    undoes itself. final: `apply` calls undo only if a later config fails, and lets go of it, and of what it holds, at
+    its end.
     """
 
     matched: list[str]
     undo: Callable[[], None] | None
     irreversible: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def apply(model: nn.Module, *configs: ChangeConfig, data: Iterable[Any] | None =
                 change.undo()
         raise
     for change in done:
-        if change.edit.irreversible:
+        if change.edit.final:
             change.edit.undo = None
     model.__dict__.setdefault("_effkit_original", original)
     return done[0] if len(done) == 1 else Changes(done)

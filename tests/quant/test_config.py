@@ -41,7 +41,7 @@ from effkit.quant import (
     quantize_fp4,
     quantize_nf4,
 )
-from effkit.quant.config import matches
+from effkit.quant._selection import matches
 from effkit.testing import assert_equivalent
 
 SIZES = dict(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

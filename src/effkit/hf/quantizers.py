@@ -30,11 +30,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import effkit
 from effkit.change import Edit, Size, remember
 from effkit.hf.experts import QuantizedExperts
+from effkit.quant._selection import QuantizationConfig
 from effkit.quant.config import (
     DequantizeConfig,
     FP8Config,
     NF4Config,
-    QuantizationConfig,
     plan,
     quantized_like,
     quantized_tensors,
