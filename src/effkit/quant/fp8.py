@@ -333,7 +333,8 @@ def dequantize_fp8(q: QuantizedFP8, *, dtype: torch.dtype | None = None, backend
 def fp8_scale(amax: Tensor, format: str = "e4m3", *, power_of_two: bool = False, amax_floor: float = 0.0) -> Tensor:
     """The scale for a largest magnitude, element by element, in float32: amax / fmax, as `encode_fp8` says."""
     floored = amax.float().clamp(min=amax_floor)
-    scale = (floored / FORMATS[format].max).clamp(min=2.0**-126)  # 1 / scale stays finite
+    # Divided by a tensor: on a GPU torch multiplies by the rounded reciprocal of a number. 1 / scale stays finite.
+    scale = (floored / torch.full_like(floored, FORMATS[format].max)).clamp(min=2.0**-126)
     if power_of_two:  # a mantissa that is not 0 carries into the exponent
         scale = ((scale.view(torch.int32) + 0x7FFFFF) >> 23 << 23).view(torch.float32)
     return torch.where((floored > 0) & floored.isfinite(), scale, 1.0)
