@@ -88,7 +88,7 @@ def _scale_of(x: Tensor, fmax: float, power_of_two: bool, amax_floor: float) -> 
     amax = x.abs().amax().clamp(min=amax_floor)
     if amax == 0 or not amax.isfinite():
         return torch.ones_like(amax)
-    scale = (amax / fmax).clamp(min=2.0**-126)
+    scale = (amax / torch.full_like(amax, fmax)).clamp(min=2.0**-126)  # by a number, a GPU multiplies
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa 2^exponent, mantissa in [1/2, 1)
     return 2.0 ** (exponent - (mantissa == 0.5).int()) if power_of_two else scale
 
