@@ -107,10 +107,18 @@ class Quantizer(HfQuantizer):
         self.size, self.change = Size.of(model), self.change_of(model)
         self.layers = plan(model, self.change).layers
         replace(model, {name: quantized_like(model.get_submodule(name), own) for name, own in self.layers.items()})
+        self.expected = dict(self._stored(model))
         self.element_sizes: dict[str, float] = {}
         if not self.pre_quantized:
             for name in self.layers:
                 self._expect_dense(name, model.get_submodule(name), model.dtype)
+
+    def _stored(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of the quantised weights, by name."""
+        for path, module in model.named_modules():
+            for _, _, tensors in quantized_weights(module).values():
+                ours = {id(tensor) for tensor in tensors}
+                yield from ((f"{path}.{name}", p) for name, p in module.named_parameters() if id(p) in ours)
 
     def _expect_dense(self, path: str, module: nn.Module, dtype: torch.dtype) -> None:
         """Gives the weights that are to be quantised the form in which they are read: some versions cast to it."""
@@ -131,10 +139,16 @@ class Quantizer(HfQuantizer):
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
-            for _, _, tensors in quantized_weights(module).values():
-                for tensor in tensors:  # transformers lets every float parameter that it loads take gradients
-                    tensor.requires_grad_(False)
+        for name, tensor in self._stored(model):
+            wanted = self.expected[name]
+            if (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)} and dtype {tensor.dtype} in the checkpoint, expected "
+                    f"{list(wanted.shape)} and {wanted.dtype}"
+                )
+            if not getattr(tensor, "_is_hf_initialized", False):  # transformers would go on with arbitrary values
+                raise ValueError(f"the checkpoint has no {name}: it is incomplete")
+            tensor.requires_grad_(False)  # transformers lets every float parameter that it loads take gradients
         _keep_experts_stacked(model)
         edit = Edit(list(self.layers), None, "the original weights were not kept as the model was loaded")
         remember(model, self.change, edit, self.size)
