@@ -81,6 +81,12 @@ _CHANNEL_TILES = {
 }
 GATED_CHUNKS = {(width, size): tiles for size, tiles in _CHANNEL_TILES.items() for width in (64, 128, 256)}
 
+# (BLOCK_M, BLOCK_K, num_warps, num_stages) of a 4-bit weight; the first number of a key counts tokens.
+FOUR_BIT = {
+    key: [(64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 8, 3), (128, 64, 8, 4)]
+    for key in ((16, 2), (64, 2))
+}
+
 # key is (architecture, width, bytes of an element), tile the values of the kernel module's Tile.
 Key = tuple[int, int, int]
 
@@ -151,6 +157,11 @@ def _prefill(width: int, size: int) -> Case:
     return _attention(2, (2048 // width, 2048 // width), (4096, 4096) if size == 2 else (1024, 1024), width)
 
 
+def _four_bit(tokens: int, width: int) -> Case:
+    sizes = {"*N": (tokens,), "K": width, "M": width, "P": width // 2, "G": width // 64, "S": 1}
+    return Case(f"tune {tokens} {width}", sizes)
+
+
 _small = functools.partial(_attention, 1, (4, 2), (300, 333))
 _decode = functools.partial(_attention, 2, (8, 2), (1, 3000))
 _short_scan = functools.partial(_recurrent, 1, 2, 300)
@@ -175,6 +186,14 @@ TABLES = (
     Table("effkit.kernels.log_linear:BLOCKS", "log_linear_attention", False, CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.log_linear:OUTPUT", "log_linear_attention", True, CHUNKS, _short_scan, _scan),
     Table("effkit.kernels.log_linear:GRADIENTS", "log_linear_attention", True, CHUNKS, _short_scan, _scan),
+    Table(
+        "effkit.kernels.linear_4bit:TILES",
+        "linear_4bit",
+        False,
+        FOUR_BIT,
+        lambda tokens: _four_bit(tokens, 448),
+        lambda tokens, size: _four_bit(tokens, 4096),
+    ),
     Table(
         "effkit.kernels.dyt:_FWD",
         "dynamic_tanh",

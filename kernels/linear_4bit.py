@@ -104,12 +104,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (architecture, bytes of an element) -> tile. float32 has no tensor cores: smaller tiles, or registers run out.
-_TILES = {
-    (80, 2): Tile(64, 64, 4, 4), (80, 4): Tile(32, 64, 4, 2),
-    (90, 2): Tile(64, 128, 4, 3), (90, 4): Tile(32, 64, 4, 2),
-    (100, 2): Tile(64, 128, 4, 3), (100, 4): Tile(32, 64, 4, 2),
-}  # fmt: skip
+# (architecture, tokens up to, bytes of an element) -> tile. float32 has no tensor cores: smaller tiles, or registers
+# run out. Not timed on a device.
+FEW = 16
+TILES = {
+    (arch, tokens, size): tile
+    for arch, half in ((80, Tile(64, 64, 4, 4)), (90, Tile(64, 128, 4, 3)), (100, Tile(64, 128, 4, 3)))
+    for size, tile in ((2, half), (4, Tile(32, 64, 4, 2)))
+    for tokens in (FEW, MANY)
+}
 _INTERPRETED = Tile(64, 128, 4, 1)  # several rows of tiles and several splits at the sizes of tests
 _COMBINED = 1024
 
@@ -131,7 +134,8 @@ def _forward(
         return y
     x = x.reshape(N, K)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    tile = _INTERPRETED if INTERPRET else _TILES[architecture(x.device), x.element_size()]
+    few = FEW if N <= FEW else MANY
+    tile = _INTERPRETED if INTERPRET else TILES[architecture(x.device), few, x.element_size()]
     n_tiles = triton.cdiv(M, tile.BLOCK_M)
     # Four programs a multiprocessor, with two or three steps in flight each, to cover the latency of memory; a share
     # of fewer than four steps would be mostly the filling of that pipeline.
@@ -239,7 +243,7 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _spec(arch: int, dtype: str, tokens: int, nested: bool, block_size: int) -> AotSpec:
-    tile = _TILES[arch, {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]]
+    tile = TILES[arch, FEW if tokens <= FEW else MANY, {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]]
     names = _linear_4bit_fwd.arg_names
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
     types |= dict(x_ptr=f"*{dtype}", weight_ptr="*u8", bias_ptr=f"*{dtype}", absmax_ptr="*u8" if nested else "*fp32")
