@@ -88,6 +88,11 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
+def trained(model: nn.Module) -> set[str]:
+    """The modules with a parameter that takes gradients."""
+    return {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(input_ids=IDS).logits
@@ -107,11 +112,11 @@ def test_quantised_on_the_way_in_as_by_apply_and_saved_twice(folder: Path, name:
     assert entry["matched"] == matched and entry["fields"] == effkit.describe(applied)[0]["fields"] | {
         "keep_original": False
     }
-    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.isdisjoint(matched)
+    assert trained(model).isdisjoint(matched)
     for original, path in ((model, tmp_path / "1"), (applied, tmp_path / "2")):
         original.save_pretrained(path)
         once = load(path)
+        assert trained(once).isdisjoint(matched) and trained(once)
         once.save_pretrained(path / "again")
         assert same(once, model) and same(load(path / "again"), model) and torch.equal(logits(once), logits(model))
         stored, again = load_file(path / "model.safetensors"), load_file(path / "again" / "model.safetensors")
