@@ -136,6 +136,41 @@ def test_an_unknown_type_in_a_key() -> None:
         load_bitsandbytes_state_dict(nn.Sequential(nn.Linear(128, 16)), tensors)
 
 
+def test_a_name_stands_for_one_layer_alone() -> None:
+    """One of several components may end in another's name, or begin with it."""
+
+    def make() -> nn.Sequential:
+        linear = (nn.Linear(64, 64) for _ in range(4))
+        deep = nn.Sequential(next(linear), nn.Sequential(next(linear), next(linear)))
+        return nn.Sequential(next(linear), nn.Identity(), deep)
+
+    model, again = make(), make()
+    effkit.apply(model, NF4Config(overrides={"2.1.0": {}, "2.1.1": None, "2.0": None, "0": {}}))
+    load_bitsandbytes_state_dict(again, bitsandbytes_state_dict(model))
+    kinds = {name: type(module) for name, module in again.named_modules() if isinstance(module, nn.Linear)}
+    assert kinds == {"0": NF4Linear, "2.0": nn.Linear, "2.1.0": NF4Linear, "2.1.1": nn.Linear}
+
+
+def test_the_storage_that_config_json_names_is_that_of_the_codes(tmp_path: Path) -> None:
+    model = llama()
+    effkit.apply(model, NF4Config())
+    save_bitsandbytes(model, tmp_path / "1")
+    path = tmp_path / "1" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["bnb_4bit_quant_storage"] = "bfloat16"
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "1" / "model.safetensors")
+    codes = [key.removesuffix(".absmax") for key in tensors if key.endswith(".absmax")]
+    for key in codes:
+        tensors[key] = tensors[key].flatten().view(torch.bfloat16)[:, None]
+    save_file(tensors, tmp_path / "1" / "model.safetensors", {"format": "pt"})
+    load_bitsandbytes(tmp_path / "1").save_pretrained(tmp_path / "2")
+    again = load_file(tmp_path / "2" / "model.safetensors")
+    assert codes and all(again[key].dtype == torch.bfloat16 for key in codes)
+    assert again.keys() == tensors.keys() and all(again[key].shape == tensors[key].shape for key in again)
+    assert all(torch.equal(again[key].view(torch.uint8), tensors[key].view(torch.uint8)) for key in codes)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_a_model_through_its_folder(double: bool, tmp_path: Path) -> None:
     """Tied weights, generation settings, effkit.save, inference in between: the same tensors all the way."""

@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from effkit.change import Edit, Size, remember
 from effkit.hf.quantizers import Quantizer, register_once, say, say_again
+from effkit.quant._selection import matches
 from effkit.quant.config import NF4Config, empty_like, plan, quantized_weights, replace, weight_shapes
 from effkit.quant.four_bit import NestedScales, Quantized4bit, code_table, dequantize_nf4
 from effkit.quant.kbit import NESTED_BLOCK, codebook
@@ -186,14 +187,15 @@ class _Quantizer(Quantizer):
             for name, module in model.named_modules()
             if len(weight_shapes(module)) == 1 and should_convert_module(name, skipped)
         ]
-        return _exactly(names, self.quantization_config.settings)
+        return _exactly(model, names, self.quantization_config.settings)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.quantization_config.stored["llm_int8_skip_modules"] = _dense(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return bitsandbytes_state_dict(model), {}
+        storage = getattr(torch, self.quantization_config.stored.get("bnb_4bit_quant_storage") or "uint8")
+        return _state_dict(model, storage), {}
 
 
 def load_bitsandbytes(path: str | Path, **options: Any) -> Any:
@@ -245,12 +247,16 @@ def save_bitsandbytes(model: Any, path: str | Path) -> None:
 
 def bitsandbytes_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a module with NF4Linear layers under bitsandbytes' keys."""
+    return _state_dict(model, torch.uint8)
+
+
+def _state_dict(model: nn.Module, storage: torch.dtype) -> dict[str, Tensor]:
     layers = _layers(model)
     ours = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if name != "bias"}
     state = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in ours}
     state = {key: tensor.detach() for key, tensor in state.items()}
     for name, layer in layers.items():
-        state |= to_bitsandbytes(layer.quantized(), f"{name}.weight")
+        state |= to_bitsandbytes(layer.quantized(), f"{name}.weight", storage=storage)
     return state
 
 
@@ -261,7 +267,7 @@ def load_bitsandbytes_state_dict(model: nn.Module, state: Mapping[str, Tensor]) 
     """
     quantized, others = read_state_dict(state)
     names = [name.removesuffix(".weight") for name, q in quantized.items() if not _straddles(q)]
-    config = _exactly(names, _settings(quantized))
+    config = _exactly(model, names, _settings(quantized))
     layers = plan(model, config).layers
     new = {name: empty_like(model.get_submodule(name), own) for name, own in layers.items()}
     native = _native(quantized) | others
@@ -316,9 +322,17 @@ def _settings(quantized: Mapping[str, Quantized4bit]) -> dict[str, Any]:
     return dict(zip(("block_size", "double_quant", "quant_type"), next(iter(found)), strict=True))
 
 
-def _exactly(names: Iterable[str], settings: Mapping[str, Any]) -> NF4Config:
-    """The config that quantises these layers, as far as they fit, and no others."""
-    return NF4Config(**settings, overrides={**{name: {} for name in names}, "*": None}, keep_original=False)
+def _exactly(model: nn.Module, names: Iterable[str], settings: Mapping[str, Any]) -> NF4Config:
+    """The config that quantises these layers, as far as they fit, and no others.
+
+    A name is also a pattern for layers deeper in the model, whose own names therefore stand before it.
+    """
+    chosen: dict[str, Mapping[str, Any] | None] = {name: {} for name in names}
+    for name, module in model.named_modules():
+        if weight_shapes(module) and name not in chosen and any(matches(pattern, name) for pattern in chosen):
+            chosen[name] = None
+    overrides = dict(sorted(chosen.items(), key=lambda item: -item[0].count(".")))
+    return NF4Config(**settings, overrides={**overrides, "*": None}, keep_original=False)
 
 
 def _layers(model: nn.Module) -> dict[str, NF4Linear]:
