@@ -212,6 +212,20 @@ def test_config_json_holds_the_fields(tmp_path: Path) -> None:
     assert NF4QuantizationConfig(**stored).to_dict() == stored
 
 
+def test_a_classifier_on_a_base_model(tmp_path: Path) -> None:
+    """Its head is in no checkpoint of the base model: it starts untrained, and dense."""
+    dense = checkpoint("llama", tmp_path)
+    load(dense, quantization_config=NF4QuantizationConfig()).save_pretrained(tmp_path / "q")
+    make = hf.AutoModelForSequenceClassification.from_pretrained
+    first = make(dense, quantization_config=NF4QuantizationConfig(), num_labels=3)
+    second = make(tmp_path / "q", num_labels=3)
+    for model in (first, second):
+        assert type(model.score) is nn.Linear and model.score.weight.requires_grad
+        model(input_ids=IDS).logits.sum().backward()
+    quantised = [{key: t for key, t in model.state_dict().items() if "score" not in key} for model in (first, second)]
+    assert all(torch.equal(tensor, quantised[1][key]) for key, tensor in quantised[0].items())
+
+
 def test_sharded_checkpoints(tmp_path: Path) -> None:
     model = load(checkpoint("qwen3_moe", tmp_path), quantization_config=NF4QuantizationConfig(double_quant=True))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -174,6 +177,23 @@ def test_the_head_is_quantised_where_it_is_named_and_not_tied() -> None:
     assert "lm_head: its weight is also that of model.embed_tokens" in tied.edit.notes["left"]
 
 
+def test_the_head_of_a_classifier_is_left() -> None:
+    sizes = dict(vocab_size=61, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    change = effkit.apply(BertForSequenceClassification(BertConfig(**sizes)), NF4Config())
+    assert change.edit.notes["left"] == "classifier: it is the output head" and "bert.pooler.dense" in change.matched
+    named = effkit.apply(BertForSequenceClassification(BertConfig(**sizes)), NF4Config(overrides={"classifier": {}}))
+    assert "classifier" in named.matched
+
+
+def test_a_model_without_memory_is_quantised_and_loaded_afterwards() -> None:
+    dense, model = llama(), llama().to("meta")
+    effkit.apply(dense, NF4Config())
+    effkit.apply(model, NF4Config(keep_original=False))
+    assert all(weight.sqnr_db is None for weight in quantization_report(model).weights)
+    model.load_state_dict(dense.state_dict(), assign=True)
+    assert same(state(model), state(dense))
+
+
 def test_layers_that_a_model_keeps_in_float32_are_left() -> None:
     """T5 looks at the dtype of the weight of wo to cast what goes into it."""
     sizes = dict(vocab_size=61, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
@@ -235,6 +255,11 @@ def test_a_config_is_json() -> None:
         (lambda: FP8Config(activation="channel"), ValueError, "activation is 'channel', choices: None, 'tensor'"),
         (lambda: FP8Config(recipe="best"), ValueError, "recipe is 'best', choices: None, 'tensorwise'"),
         (lambda: FP8Config(power_of_two=2), TypeError, "power_of_two is 2"),
+        (
+            lambda: FP8Config(recipe="rowwise", overrides={"mlp": {"recipe": None}}),
+            ValueError,
+            "overrides\\['mlp'\\] has recipe None, which stores weights in FP8, beside recipe 'rowwise'",
+        ),
     ],
 )
 def test_bad_fields_are_named(make: Any, error: type[Exception], message: str) -> None:
@@ -396,6 +421,14 @@ def test_experts_are_never_cast() -> None:
     assert quantised(torch.randn(2, 64).half(), torch.tensor([[0], [1]]), torch.ones(2, 1).half()).dtype == torch.half
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("down_proj", torch.float32), ("gate_up_proj_absmax", torch.float16)])
+def test_experts_refuse_tensors_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    quantised, _ = experts_pair(NF4Config())
+    given = quantised.state_dict()
+    with pytest.raises(RuntimeError, match=f"{name} has dtype {dtype}, expected"):
+        quantised.load_state_dict(given | {name: given[name].to(dtype)})
+
+
 def test_experts_of_another_layout_are_left() -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -447,6 +480,16 @@ def test_the_report_counts_every_byte() -> None:
         assert f"{report.bits_per_parameter:.3f} a quantised parameter" == change.edit.notes["bits"]
         text = str(report)
         assert all(weight.name in text for weight in report.weights) and "nf4" in text
+
+
+def test_the_report_of_zeros_and_of_what_is_no_number() -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 8), nn.Linear(64, 8))
+    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[2].weight, math.nan)
+    notes = effkit.apply(model, NF4Config()).edit.notes
+    finite, zeros, lost = (weight.sqnr_db for weight in quantization_report(model).weights)
+    assert finite is not None and 15 < finite < 30 and zeros == math.inf and lost is not None and math.isnan(lost)
+    assert notes["SQNR"].endswith("nan dB in 2.weight")
 
 
 def test_bits_per_parameter_of_a_large_layer() -> None:

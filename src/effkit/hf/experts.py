@@ -105,6 +105,15 @@ class QuantizedExperts(nn.Module):
             layer.dtype = fn(torch.empty(0, dtype=layer.dtype, device=device)).dtype
         return super()._apply(move, recurse)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As every module, but refuses what would have to be cast: numbers as codes, scales in half precision."""
+        for name, parameter in self.named_parameters():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != parameter.dtype:
+                args[-1].append(f"{prefix}{name} has dtype {given.dtype}, expected {parameter.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, " + ", ".join(f"{k}=({v})" for k, v in self._layers.items())
 

@@ -101,6 +101,12 @@ class FP8Config(QuantizationConfig):
                 )
         if not isinstance(self.power_of_two, bool):
             raise TypeError(f"FP8Config: power_of_two is {self.power_of_two!r}, expected True or False")
+        for pattern, fields in self.overrides.items():
+            if self.recipe is not None and (fields or {}).get("recipe", self.recipe) is None:
+                raise ValueError(
+                    f"FP8Config: overrides[{pattern!r}] has recipe None, which stores weights in FP8, beside recipe "
+                    f"{self.recipe!r}, which does not; choices: a recipe, or an FP8Config of its own before this one"
+                )
 
     @property
     def stores(self) -> bool:
@@ -192,6 +198,7 @@ def quantize(model: nn.Module, config: QuantizationConfig, data: Iterable[Any] |
         f"{name}.{weight}": sqnr_db(exact, approximate)
         for name, module in new.items()
         for weight, exact, approximate in _before_and_after(old[name], module)
+        if not exact.is_meta
     }
     return _replace(model, config, old, new, todo.left, noise)
 
@@ -328,7 +335,7 @@ def _replace(
         bits = 8 * sum(tensor.nbytes for _, _, tensors in parts for tensor in tensors)
         notes["bits"] = f"{bits / sum(math.prod(shape) for _, shape, _ in parts):.3f} a quantised parameter"
     if noise:
-        worst = min(noise, key=lambda name: noise[name])
+        worst = min(noise, key=lambda name: (not math.isnan(noise[name]), noise[name]))
         notes["SQNR"] = f"{statistics.median(noise.values()):.2f} dB in the middle, {noise[worst]:.2f} dB in {worst}"
     if left:
         notes["left"] = _listed(left)
@@ -368,10 +375,15 @@ def _why_not(module: Any, config: QuantizationConfig, shapes: list[tuple[int, in
 def _kept(model: nn.Module) -> dict[int, str]:
     """The layers that are quantised only where an override names them, with the reasons.
 
-    Those that are to stay in float32 are named by HuggingFace models themselves.
+    Those that are to stay in float32 are named by HuggingFace models themselves. The head of a classifier, which has no
+    output embeddings, is what stands outside of its base model: a checkpoint of that lacks it, and it starts untrained.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kept = {} if head is None else {id(head): "it is the output head"}
+    heads = [head]
+    if head is None and _is_huggingface(model):
+        base = {id(module) for module in getattr(model, "base_model", model).modules()}
+        heads = [module for module in model.modules() if id(module) not in base]
+    kept = {id(module): "it is the output head" for module in heads}
     for part in getattr(model, "_keep_in_fp32_modules", None) or ():
         for name, module in model.named_modules():
             if matches(part, name):

@@ -73,6 +73,8 @@ class QuantizationReport:
 
 @torch.no_grad()
 def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
-    """20 log10(|exact| / |exact - approximate|) in dB; infinite where they are equal."""
+    """20 log10(|exact| / |exact - approximate|) in dB; infinite where they are equal, zeros included."""
     noise = torch.linalg.vector_norm(exact.float() - approximate.float())
+    if noise == 0:
+        return math.inf
     return float(20 * torch.log10(torch.linalg.vector_norm(exact.float()) / noise))
