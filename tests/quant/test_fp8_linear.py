@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import re
 import shutil
 from dataclasses import replace
 
@@ -146,6 +147,11 @@ class TestProducts:
             ValueError, match=r"a_scale has shape \[5, 2\], choices for .* \[5, 300\]: \[\], \[5, 1\], \[5"
         ):
             matmul_fp8(codes, torch.ones(5, 2), codes, one)
+        several = codes.expand(3, 5, 300)
+        for shape in ((5, 3, 1), (15, 1), (3, 1, 3)):  # the last is that of blocks of 128 rows, which are a weight's
+            message = rf"a_scale has shape {re.escape(str(list(shape)))}, choices for a of shape \[3, 5, 300\]: \[\], "
+            with pytest.raises(ValueError, match=message + r"\[3, 5, 1\], \[3, 5, 3\]"):
+                matmul_fp8(several, torch.ones(shape), codes, one)
         with pytest.raises(ValueError, match=r"b_scale has shape \[3, 1\]"):
             matmul_fp8(codes, one, codes, torch.ones(3, 1))
         with pytest.raises(TypeError, match=r"a has dtype torch.int8, choices: torch.uint8, torch.float8_e4m3fn"):

@@ -101,6 +101,13 @@ def matmul_fp8(
     b, b_format = checked_codes("matmul_fp8", "b", b, b_format)
     MATMUL_FP8.check(a=a, a_scale=a_scale, b=b, b_scale=b_scale, bias=bias)
     rows = math.prod(a.shape[:-1])
+    if a.ndim != 2 and a_scale.numel() != 1:  # a matrix is looked at below
+        choices = [*a.shape[:-1], 1], [*a.shape[:-1], -(-a.shape[-1] // BLOCK)]
+        if list(a_scale.shape) not in choices:
+            raise ValueError(
+                f"matmul_fp8: a_scale has shape {list(a_scale.shape)}, choices for a of shape {list(a.shape)}: [], "
+                + ", ".join(map(str, choices))
+            )
     a_scale = checked_scale("matmul_fp8", "a_scale", a_scale, (rows, a.shape[-1]), a.device)
     b_scale = checked_scale("matmul_fp8", "b_scale", b_scale, tuple(b.shape), a.device)
     for name, tensor in (("b", b), ("bias", bias)):
