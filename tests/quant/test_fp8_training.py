@@ -190,6 +190,21 @@ class TestDelayedScaling:
             state.update()
             assert state.scale[1] == torch.tensor(scale)
 
+    def test_powers_of_two(self) -> None:
+        state = DelayedScaling(FP8Recipe(amax_history=4, power_of_two=True))
+        for history, amax in zip(state.histories(), (7.0, 448.0, 57345.0), strict=True):
+            history[0] = amax
+        state.update()
+        assert state.scale.tolist() == [2.0**-6, 1, 2]
+
+    def test_a_layer_made_on_meta_starts_from_one(self) -> None:
+        layer = FP8Linear(40, 24, recipe=SHORT, device="meta").to_empty(device="cpu")
+        for buffer in layer.delayed.buffers():
+            buffer.fill_(torch.nan)
+        layer.reset_parameters()
+        assert layer.delayed.scale.tolist() == [1, 1, 1]
+        assert not any(history.any() for history in layer.delayed.histories())
+
     def test_each_operand_has_its_own(self) -> None:
         """448 is the largest of e4m3, 57344 that of e5m2."""
         layer, x, dy = layer_of(24, 40, SHORT), draw(9, 40), draw(9, 24, seed=3)
@@ -343,6 +358,7 @@ def test_wrong_recipes() -> None:
         ({"amax_history": 0}, "amax_history is 0, expected None or a number of steps from 1 on"),
         ({"amax_history": 4, "granularity": "row"}, "granularity is 'row': delayed scales are of tensors"),
         ({"amax_algorithm": "mean"}, "amax_algorithm is 'mean', choices: 'max', 'most_recent'"),
+        ({"amax_history": 4, "margin": 0.5}, "margin is 0.5, expected an integer"),
     ):
         with pytest.raises(ValueError, match=message):
             FP8Recipe(**arguments)

@@ -222,9 +222,11 @@ class FP8Linear(nn.Linear):
         return new.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """What nn.Linear starts from, quantised unless there is a recipe."""
+        """What nn.Linear starts from, quantised unless there is a recipe; delayed scales start anew."""
         if self.weight.device.type == "meta":
             return
+        if self.delayed is not None:
+            self.delayed.reset_parameters()
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=self.dtype
         )

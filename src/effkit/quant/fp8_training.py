@@ -62,6 +62,8 @@ class FP8Recipe:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, choices: {', '.join(map(repr, choices))}")
+        if not isinstance(self.margin, int):
+            raise ValueError(f"margin is {self.margin!r}, expected an integer")
         if self.amax_history is None:
             return
         if not isinstance(self.amax_history, int) or self.amax_history < 1:
@@ -136,7 +138,7 @@ class DelayedScaling(nn.Module):
         formats = "e4m3", "e4m3", self.recipe.gradient_format
         for i, (history, format) in enumerate(zip(self.histories(), formats, strict=True)):
             amax = history.amax() if self.recipe.amax_algorithm == "max" else history[0]
-            new = fp8_scale(amax * 2.0**self.recipe.margin, format)
+            new = fp8_scale(amax * 2.0**self.recipe.margin, format, power_of_two=self.recipe.power_of_two)
             self.scale[i].copy_(torch.where((amax > 0) & amax.isfinite(), new, self.scale[i]))
             history.copy_(history.roll(-1))
             history[0].zero_()
