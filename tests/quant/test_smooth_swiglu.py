@@ -210,6 +210,10 @@ if not INTERPRET:
                 merge_smooth_scales(draw(4, 3), draw(3, 4), torch.ones(3))
             with pytest.raises(ValueError, match=r"down_weight has shape \[3, 5\], expected \[D, C\] with C=4"):
                 merge_smooth_scales(draw(4, 3), draw(3, 5), torch.ones(4))
+            with pytest.raises(TypeError, match=r"up_weight has dtype torch.float8_e4m3fn, choices: torch.float16"):
+                merge_smooth_scales(draw(4, 3).to(torch.float8_e4m3fn), draw(3, 4), torch.ones(4))
+            with pytest.raises(TypeError, match=r"down_weight has dtype torch.uint8, choices: torch.float16"):
+                merge_smooth_scales(draw(4, 3), draw(3, 4).to(torch.uint8), torch.ones(4))
 
 
 class StraightThrough(torch.autograd.Function):

@@ -148,6 +148,10 @@ def merge_smooth_scales(up_weight: Tensor, down_weight: Tensor, channel_scale: T
             f"merge_smooth_scales: down_weight has shape {list(down_weight.shape)}, expected [D, C] with "
             f"C={up_weight.shape[0]} from up_weight"
         )
+    for name, weight in (("up_weight", up_weight), ("down_weight", down_weight)):
+        if weight.dtype not in _DTYPES:
+            choices = ", ".join(map(str, _DTYPES))
+            raise TypeError(f"merge_smooth_scales: {name} has dtype {weight.dtype}, choices: {choices}")
     return (
         (up_weight * channel_scale[:, None]).to(up_weight.dtype),
         (down_weight / channel_scale).to(down_weight.dtype),
