@@ -1,5 +1,6 @@
 """What AdamW with moments in FP8 promises beyond equality with its reference on the ledger's cases."""
 
+import copy
 import io
 import math
 from typing import Any
@@ -202,6 +203,36 @@ class TestTheOptimizer:
             state["state"][0]["exp_avg"].float(), loaded.state[others[0]]["exp_avg"].float()
         )
 
+    def test_a_copy_goes_on(self) -> None:
+        param = nn.Parameter(draw(80, 80))
+        optimizer = AdamWFP8([param], backend="torch")
+        for step in range(2):
+            param.grad = draw(80, 80, seed=step)
+            optimizer.step()
+        twin, other = copy.deepcopy((param, optimizer))
+        param.grad, twin.grad = draw(80, 80, seed=2), draw(80, 80, seed=2)
+        optimizer.step()
+        other.step()
+        assert other.backend == "torch" and torch.equal(param, twin)
+
+    def test_a_state_of_another_optimizer_is_refused(self) -> None:
+        params = [nn.Parameter(draw(80, 80)), nn.Parameter(draw(80))]
+        optimizer, dense = AdamWFP8(params), torch.optim.AdamW(params, lr=0.5, amsgrad=True)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        dense.step()
+        with pytest.raises(ValueError, match="a group lacks block_size, formats, round_up_v, min_elements: expected"):
+            optimizer.load_state_dict(dense.state_dict())
+        assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-3
+
+    def test_a_step_that_fails_is_not_counted(self) -> None:
+        param = nn.Parameter(draw(80, 80))
+        param.grad = draw(80, 80)
+        optimizer = AdamWFP8([param], backend="cuda")
+        with pytest.raises(ValueError, match="'cuda'"):
+            optimizer.step()
+        assert optimizer.state[param]["step"] == 0
+
     def test_groups_schedules_and_closures(self) -> None:
         first, second, idle = (nn.Parameter(torch.ones(80, 80)) for _ in range(3))
         optimizer = AdamWFP8([{"params": [first]}, {"params": [second, idle], "lr": 0.5, "formats": ("e5m2", "e5m2")}])
@@ -245,6 +276,12 @@ class TestTheOptimizer:
             (dict(betas=(0.9,)), r"betas is \(0.9,\)"),
         ):
             with pytest.raises(ValueError, match=f"AdamWFP8: {message}"):
+                AdamWFP8([nn.Parameter(torch.ones(3))], **options)
+        for options, message in (
+            (dict(lr="high"), "lr is 'high', expected a number"),
+            (dict(betas=0.9), "betas is 0.9, expected two numbers"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=f"AdamWFP8: {message}"):
                 AdamWFP8([nn.Parameter(torch.ones(3))], **options)
         optimizer = AdamWFP8([nn.Parameter(torch.ones(3))])
         with pytest.raises(ValueError, match="formats is"):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -273,6 +274,9 @@ class AdamWFP8(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns what closure, called with gradients on, returns."""
@@ -288,8 +292,8 @@ class AdamWFP8(torch.optim.Optimizer):
             state = self.state[param]
             if not state:
                 state.update(_initial_state(param, group))
-            state["step"] += 1
             (self._step_in_fp8 if "exp_avg_scale" in state else _step_in_float32)(param, state, group)
+            state["step"] += 1
         return loss
 
     def _step_in_fp8(self, param: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
@@ -300,7 +304,7 @@ class AdamWFP8(torch.optim.Optimizer):
             state["exp_avg_scale"],
             state["exp_avg_sq"].view(torch.uint8),
             state["exp_avg_sq_scale"],
-            step=state["step"],
+            step=state["step"] + 1,
             **{name: group[name] for name in _OPTIONS},
             round_up_v=group["round_up_v"],
             inplace=True,
@@ -310,7 +314,13 @@ class AdamWFP8(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As of any optimizer, except that state keeps its dtypes: torch would cast it to that of the parameter."""
+        """As of any optimizer, except that state keeps its dtypes: torch would cast it to that of the parameter.
+
+        Raises ValueError for a state of another optimizer, and leaves this one as it was.
+        """
+        for group in state_dict["param_groups"]:
+            if lacking := [name for name in self.defaults if name not in group]:
+                raise ValueError(f"AdamWFP8: a group lacks {', '.join(lacking)}: expected a state dict of AdamWFP8")
         state = state_dict["state"]
         steps = {key: {"step": values["step"]} for key, values in state.items()}
         super().load_state_dict({**state_dict, "state": steps})
@@ -336,7 +346,7 @@ def _initial_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step_in_float32(param: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-    scalars = step_sizes(state["step"], *(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
+    scalars = step_sizes(state["step"] + 1, *(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
     moments = state["exp_avg"], state["exp_avg_sq"]
     results = adamw_update(param.float(), param.grad.float(), *moments, *scalars)  # type: ignore[union-attr]
     for old, new in zip((param, *moments), results, strict=True):
@@ -346,12 +356,13 @@ def _step_in_float32(param: Tensor, state: dict[str, Any], group: Mapping[str, A
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError or TypeError for options of a step that are out of range."""
     for key in ("lr", "eps", "weight_decay"):
-        if isinstance(options[key], Tensor):
-            raise TypeError(f"{name}: {key} is a tensor, expected a number")
+        if not isinstance(options[key], Real):
+            given = "a tensor" if isinstance(options[key], Tensor) else repr(options[key])
+            raise TypeError(f"{name}: {key} is {given}, expected a number")
         if not 0 <= options[key] < math.inf:
             raise ValueError(f"{name}: {key} is {options[key]!r}, expected a finite number from 0 on")
     betas, size, formats = options["betas"], options["block_size"], options["formats"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{name}: betas is {betas!r}, expected two numbers in [0, 1)")
     if size not in _BLOCK_SIZES:
         raise ValueError(f"{name}: block_size is {size!r}, choices: {', '.join(map(str, _BLOCK_SIZES))}")
