@@ -106,9 +106,18 @@ def test_every_shape_comes_back(shape: tuple[int, ...], double: bool) -> None:
         (replaced("0.weight.quant_map", lambda t: t * 2), "0.weight.quant_map is another table than that of its type"),
         (replaced("0.weight.nested_quant_map", Tensor.abs), "0.weight.nested_quant_map is another table"),
         (replaced(STATE, lambda t: t[:20]), "bitsandbytes__nf4 holds no JSON"),
+        (replaced(STATE, Tensor.float), "bitsandbytes__nf4 holds no JSON"),
+        (replaced("0.weight.nested_absmax", Tensor.int), "nested_absmax has dtype torch.int32, expected torch.float32"),
         (replaced(STATE, lambda t: as_json({"a": 1})), r"bitsandbytes__nf4 has \['a'\], expected \['blocksize'"),
         (with_state(quant_type="nf5"), "quant_type is 'nf5', expected that of the key"),
         (with_state(dtype="float64"), "dtype is 'float64', choices: float32, float16, bfloat16"),
+        (with_state(dtype=["float32"]), r"dtype is \['float32'\], choices: float32, float16, bfloat16"),
+        (with_state(nested_dtype="x"), "nested_dtype is 'x', choices: float32, float16, bfloat16"),
+        (with_state(nested_offset="0"), "nested_offset is '0', expected a number"),
+        (with_state(nested_offset=[16]), r"nested_offset is \[16\], expected a number"),
+        (with_state(shape=2048), "shape is 2048, expected a list of sizes"),
+        (with_state(shape=[-16, -128]), r"shape is \[-16, -128\], expected a list of sizes"),
+        (with_state(shape=[16.0, 128.0]), r"shape is \[16.0, 128.0\], expected a list of sizes"),
         (with_state(blocksize=48), "blocksize is 48, expected a power of two from 32 to 4096"),
         (with_state(shape=[16, 64]), "0.weight has 1024 elements, expected 512 for the shape"),
         (with_state(shape=[32, 64]), "tensors do not fit the model"),
@@ -231,4 +240,8 @@ def test_folders_of_another_kind(tmp_path: Path) -> None:
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"does not hold the weights of LlamaForCausalLM: .*model\.norm\.weight"):
+        load_bitsandbytes(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="architectures is None"):
         load_bitsandbytes(tmp_path)

@@ -61,6 +61,8 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "weight") -> Qu
         _check_map(f"{name}.nested_quant_map", _need(tensors, f"{name}.nested_quant_map"), codebook("dynamic", 8))
         scales = _need(tensors, f"{name}.nested_absmax")
         _check_length(f"{name}.nested_absmax", scales, -(-blocks // NESTED_BLOCK))
+        if not scales.is_floating_point():
+            raise ValueError(f"{name}.nested_absmax has dtype {scales.dtype}, expected torch.float32")
         offset = torch.tensor(meta["nested_offset"], dtype=torch.float32, device=absmax.device)
         nested = NestedScales(scales.float(), offset)
     expected = torch.uint8 if nested else torch.float32
@@ -125,7 +127,7 @@ def _metadata(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     (key,) = found
     try:
         meta = json.loads(bytes(tensors[key].tolist()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{key} holds no JSON: {error}") from error
     wanted = {"quant_type", "blocksize", "dtype", "shape"}
     nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
@@ -136,8 +138,14 @@ def _metadata(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     size = meta["blocksize"]
     if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
         raise ValueError(f"{key}: blocksize is {size!r}, expected a power of two from 32 to 4096")
-    if meta["dtype"] not in _DTYPES:
-        raise ValueError(f"{key}: dtype is {meta['dtype']!r}, choices: {', '.join(_DTYPES)}")
+    for field in meta.keys() & {"dtype", "nested_dtype"}:
+        if meta[field] not in list(_DTYPES):
+            raise ValueError(f"{key}: {field} is {meta[field]!r}, choices: {', '.join(_DTYPES)}")
+    shape, offset = meta["shape"], meta.get("nested_offset", 0.0)
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{key}: shape is {shape!r}, expected a list of sizes")
+    if type(offset) not in (int, float):
+        raise ValueError(f"{key}: nested_offset is {offset!r}, expected a number")
     return meta
 
 
@@ -214,6 +222,8 @@ def load_bitsandbytes(path: str | Path, **options: Any) -> Any:
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict) or not stored.get("load_in_4bit"):
         raise ValueError(f"{folder}: quantization_config is {stored}, expected bitsandbytes' with load_in_4bit")
+    if not config.architectures:
+        raise ValueError(f"{folder}: architectures is {config.architectures} in config.json, expected a class's name")
     quantized, others = read_state_dict(_read_folder(folder))
     settings = _settings(quantized)
     config.quantization_config = {"quant_method": BitsAndBytesFiles.method, "stored": stored, "settings": settings}
