@@ -158,5 +158,9 @@ def test_wrong_use() -> None:
         effkit.apply(model(), "dyt")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="save needs a HuggingFace model, got Linear"):
         effkit.save(nn.Linear(2, 2), "nowhere")
+    target = model()
+    effkit.apply(target.model, DyTConfig())
+    with pytest.raises(ValueError, match="save: model was changed by itself"):
+        effkit.save(target, "nowhere")
     with pytest.raises(ValueError, match="type is 'os:path', expected a ChangeConfig"):
         ChangeConfig.from_dict({"type": "os:path", "fields": {}})

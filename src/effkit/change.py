@@ -193,6 +193,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     record = getattr(model, "_effkit_original", None) or _model_record(model)
     if record is None:
         raise TypeError(f"save needs a HuggingFace model, got {type(model).__name__}; use its state_dict() instead")
+    alone = next((name for name, part in model.named_modules() if name and part.__dict__.get(_REMEMBERED)), None)
+    if alone is not None:
+        raise ValueError(f"save: {alone} was changed by itself; save that, or apply changes to the whole model")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]

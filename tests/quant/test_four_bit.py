@@ -422,9 +422,11 @@ class TestBadInput:
         with pytest.raises(error, match=message):
             decode_4bit(**{"packed": packed, "absmax": absmax, "shape": (2, 64), **change})
 
-    def test_not_a_tensor(self) -> None:
+    def test_arguments_of_another_type(self) -> None:
         with pytest.raises(TypeError, match="x is list, expected a tensor"):
             quantize_nf4([0.0])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="quantize_fp4: double_quant is 'no', expected True or False"):
+            quantize_fp4(draw(64), double_quant="no")  # type: ignore[arg-type]
 
     def test_frozen(self) -> None:
         q = quantize_nf4(torch.zeros(64))

@@ -342,6 +342,7 @@ class TestModule:
         (dict(in_features=100), ValueError, "NF4Linear: 100 input features are no multiple of block_size 64"),
         (dict(block_size=48), ValueError, "NF4Linear: block_size is 48, choices: 32, 64"),
         (dict(quant_type="nf5"), ValueError, "NF4Linear: quant_type is 'nf5', choices: 'nf4', 'fp4', 'int4'"),
+        (dict(double_quant="no"), TypeError, "NF4Linear: double_quant is 'no', expected True or False"),
         (dict(cache_dequant="layer"), ValueError, "NF4Linear: cache_dequant is 'layer', choices: 'none', 'all'"),
     ],
     ids=str,

@@ -292,6 +292,8 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 
 def _quantize(quant_type: str, x: Tensor, block_size: int, double_quant: bool, backend: str | None) -> Quantized4bit:
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"quantize_{quant_type}: double_quant is {double_quant!r}, expected True or False")
     packed, absmax = encode_4bit(x, block_size=block_size, quant_type=quant_type, backend=backend)
     scales, nested = encode_scales(absmax) if double_quant else (absmax, None)
     return Quantized4bit(packed, scales, tuple(x.shape), x.dtype, block_size, quant_type, nested)

@@ -172,11 +172,13 @@ class NF4Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_format("NF4Linear", in_features, block_size, quant_type)
+        if not isinstance(double_quant, bool):
+            raise TypeError(f"NF4Linear: double_quant is {double_quant!r}, expected True or False")
         if cache_dequant not in CACHES:
             raise ValueError(f"NF4Linear: cache_dequant is {cache_dequant!r}, choices: {', '.join(map(repr, CACHES))}")
         nn.Module.__init__(self)  # that of nn.Linear would make a dense weight
         self.in_features, self.out_features = in_features, out_features
-        self.block_size, self.double_quant, self.quant_type = block_size, bool(double_quant), quant_type
+        self.block_size, self.double_quant, self.quant_type = block_size, double_quant, quant_type
         self.cache_dequant = cache_dequant
         self.dtype = dtype or torch.get_default_dtype()
         self._cached: _Cached | None = None
