@@ -307,7 +307,7 @@ BUGS = (
     Bug("cast does not saturate", FP8, "v.clamp_(-largest, largest).nan", "v.nan", ("strange values, e5m2",),
         "encode_fp8"),
     Bug("NaN keeps its sign", FP8, ".nan_to_num_(nan=math.nan)", "", ("strange values",), "encode_fp8"),
-    Bug("denormals divide to infinity", FP8, ".max).clamp(min=2.0**-126)", ".max)", ("strange values",), "encode_fp8"),
+    Bug("denormals divide to infinity", FP8, ".max)).clamp(min=2.0**-126)", ".max))", ("strange values",), "encode_fp8"),
     Bug("power of two rounded down", FP8, " + 0x7FFFFF) >> 23", ") >> 23", ("powers of two",), "encode_fp8"),
     Bug("sign lost", FP8, "(wide & 0x80) << 8 | ", "", ("rows",), "decode_fp8"),
     Bug("ties away from zero", FP8_TILES, "((bits >> CUT) & 1)", "1", ("ties",), "encode_fp8", "triton"),
@@ -333,7 +333,7 @@ BUGS = (
     Bug("reciprocal of nothing", FOUR_BIT_KERNEL, "absmax < _TINY", "absmax < 0", ("zeros",), "encode_4bit", "triton"),
     Bug("halves of a byte swapped", FOUR_BIT_KERNEL, "pair >> 4, pair & 15", "pair & 15, pair >> 4", ("odd",),
         "decode_4bit", "triton"),
-    Bug("one scale for all", KBIT, "(blocks * absmax[:, None])", "(blocks * absmax[0])", ("primes",), "decode_kbit"),
+    Bug("one scale for all", KBIT, "absmax[whole:].expand", "absmax[:1].expand", ("primes",), "decode_kbit"),
     *(
         replace(bug, op="linear_4bit")
         for bug in (
