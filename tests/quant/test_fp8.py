@@ -134,6 +134,12 @@ class TestTheCast:
             assert torch.equal(_to_codes_in_integers(v, format), expected)
             assert torch.equal(to_fp8_codes(v, format), expected)
 
+    @formats
+    def test_compiling_is_not_interrupted(self, format: str) -> None:
+        """A number read from a tensor interrupts it, but not with fullgraph=True, which captures such numbers."""
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(to_fp8_codes)(draw(8), format).graph_break_count == 0
+
     @backends
     @formats
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -366,8 +366,8 @@ def _to_codes_in_integers(v: Tensor, format: str) -> Tensor:
     bits = size.view(torch.int32)
     normal = ((bits + (1 << cut - 1) - 1 + (bits >> cut & 1)) >> cut) - (127 - bias << mantissa)
     # Next to 2^23 steps the float32 unit in the last place is one step: the addition rounds, to nearest even.
-    steps = least * 2.0 ** (23 - mantissa)
-    subnormal = (size + steps).view(torch.int32) - int(torch.tensor(steps).view(torch.int32))
+    exponent = 1 - bias + 23 - mantissa
+    subnormal = (size + 2.0**exponent).view(torch.int32) - (127 + exponent << 23)
     codes = torch.where(size < least, subnormal, normal) | (v.view(torch.int32) >> 24 & 0x80)
     return torch.where(v.isnan(), 0x7F, codes).to(torch.uint8)
 
