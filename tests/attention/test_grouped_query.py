@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import effkit
 from effkit.attention import GQAConfig, GroupedQueryAttention, KVCache, mha_to_gqa, rotary_embedding, similar_heads
+from effkit.quant import NF4Config
 from effkit.testing import assert_equivalent
 
 
@@ -184,6 +185,11 @@ def test_config_refuses_what_it_cannot_do() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"num_kv_heads is 3, the model can have one of \[1, 2, 4\]"):
         effkit.apply(model, GQAConfig(num_kv_heads=3))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    effkit.apply(model, NF4Config(block_size=32))
+    state = model.state_dict()
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is a NF4Linear, whose rows cannot be pooled"):
+        effkit.apply(model, GQAConfig(num_kv_heads=2))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="GPTNeoXForCausalLM fuses its projections"):
         effkit.apply(tiny("GPTNeoX"), GQAConfig(num_kv_heads=2))

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import effkit
+from effkit.attention import GatedLinearAttentionConfig, LinearAttentionConfig
 from effkit.change import ChangeConfig
 from effkit.hf.experts import QuantizedExperts
 from effkit.norm import DyTConfig
@@ -339,6 +340,21 @@ def test_dequantised_and_stacked_changes_come_back_from_a_file(tmp_path: Path) -
     effkit.save(model, tmp_path / "dense")
     loaded = effkit.load(tmp_path / "dense")
     assert same(state(loaded), state(model)) and len(effkit.describe(loaded)) == 4
+
+
+@pytest.mark.parametrize("config", [NF4Config(), FP8Config()], ids=str)
+@pytest.mark.parametrize("mixer", [LinearAttentionConfig(), GatedLinearAttentionConfig()], ids=str)
+def test_recurrent_attention_after_quantising(config: ChangeConfig, mixer: ChangeConfig, tmp_path: Path) -> None:
+    """Its parameters have the dtype that the projections compute in, not that of their codes or scales."""
+    first, last = llama(dtype=torch.bfloat16), llama(dtype=torch.bfloat16)
+    effkit.apply(first, config, mixer)
+    effkit.apply(last, mixer)
+    assert {p.dtype for name, p in first.named_parameters() if ".mixer." in name} == {
+        p.dtype for name, p in last.named_parameters() if ".mixer." in name
+    }
+    assert logits(first).dtype == torch.bfloat16 and logits(first).isfinite().all()
+    effkit.save(first, tmp_path)
+    assert torch.equal(logits(effkit.load(tmp_path)), logits(first))
 
 
 def test_tied_weights_and_dtypes_survive_a_file(tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ def convert(model: nn.Module, config: GQAConfig, data: Iterable[Any] | None = No
                 f"{', '.join(_PROJECTIONS)}"
             )
         raise no_match("GQAConfig", _PROJECTIONS, (name for name, _ in model.named_modules() if name))
+    for path in (f"{name}.{part}" for name in layers for part in _PROJECTIONS):
+        if hasattr(model.get_submodule(path), "dequantize"):
+            raise ValueError(
+                f"GQAConfig: {path} is a {type(model.get_submodule(path)).__name__}, whose rows cannot be pooled; "
+                "choices: GQAConfig before it is quantised, or DequantizeConfig before this"
+            )
     text_config = _text_config(model)
     before = text_config.num_key_value_heads
     if before % config.num_kv_heads:

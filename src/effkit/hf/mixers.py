@@ -45,9 +45,10 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(module: Any) -> Sizes:
-        """Of an attention module with q_proj, k_proj and o_proj."""
+        """Of an attention module with q_proj, k_proj and o_proj, which may be quantised: they know their dtype then."""
         weights = [p for p in module.parameters() if p.is_floating_point()]
         dtype = weights[0].dtype if weights else torch.get_default_dtype()
+        dtype = getattr(module.q_proj, "dtype", dtype)
         width = module.head_dim
         return Sizes(
             module.q_proj.in_features, module.q_proj.out_features // width, module.k_proj.out_features // width,
