@@ -456,6 +456,8 @@ class TestTheObject:
         object.__setattr__(q, "format", "e5m2")
         with pytest.raises(TypeError, match=r"codes has dtype torch.float8_e4m3fn, expected torch.float8_e5m2"):
             dequantize_fp8(q)
+        with pytest.raises(TypeError, match="q is Tensor, expected QuantizedFP8"):
+            dequantize_fp8(draw(3))
 
 
 X = torch.zeros(3, 5)

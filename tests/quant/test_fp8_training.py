@@ -255,6 +255,12 @@ class TestDelayedScaling:
         assert layer.delayed.input_amax.tolist() == [(3 * x).abs().max().item(), 0, 0, 0]
         assert layer.delayed.gradient_amax.tolist() == [1, 0, 0, 0]
 
+    def test_a_pass_that_fails_records_nothing(self) -> None:
+        layer = layer_of(24, 40, SHORT)
+        with pytest.raises(ValueError, match="expected .* with K=39"):
+            layer(draw(9, 39))
+        assert not any(history.any() for history in layer.delayed.histories())
+
     def test_evaluation_records_nothing(self) -> None:
         layer, x = layer_of(24, 40, SHORT).eval(), draw(9, 40)
         layer(x.requires_grad_()).sum().backward()

@@ -316,6 +316,8 @@ def quantize_fp8(
 
 def dequantize_fp8(q: QuantizedFP8, *, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
     """The tensor that q stands for, in `dtype` or in that which it had."""
+    if not isinstance(q, QuantizedFP8):
+        raise TypeError(f"dequantize_fp8: q is {type(q).__name__}, expected QuantizedFP8, as of quantize_fp8")
     expected = FORMATS[_checked_format("dequantize_fp8", q.format)].dtype
     if q.codes.dtype != expected:
         raise TypeError(f"dequantize_fp8: codes has dtype {q.codes.dtype}, expected {expected} of {q.format!r}")

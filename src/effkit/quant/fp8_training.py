@@ -184,13 +184,13 @@ def training_linear(
     scale = gradient_amax = None
     if delayed is not None:
         scale = delayed.scale
-        if delayed.training:
-            gradient_amax = delayed.gradient_amax
-            raise_amax(delayed.input_amax, x)
-            raise_amax(delayed.weight_amax, weight)
+        gradient_amax = delayed.gradient_amax if delayed.training else None
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     keep = torch.is_grad_enabled() and weight.requires_grad
     y = _TrainingLinear.apply(rows, weight, bias, scale, gradient_amax, recipe, keep)[0]
+    if delayed is not None and delayed.training:  # not before: a pass that fails leaves no trace
+        raise_amax(delayed.input_amax, x)
+        raise_amax(delayed.weight_amax, weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
