@@ -257,7 +257,7 @@ class TestDelayedScaling:
 
     def test_a_pass_that_fails_records_nothing(self) -> None:
         layer = layer_of(24, 40, SHORT)
-        with pytest.raises(ValueError, match="expected .* with K=39"):
+        with pytest.raises(ValueError, match=r"expected .* with K=39"):
             layer(draw(9, 39))
         assert not any(history.any() for history in layer.delayed.histories())
 
