@@ -80,6 +80,16 @@ def test_compiles_without_graph_breaks(op: Op, case: Case, backend: str) -> None
     assert all(row.ok for row in rows), rows
 
 
+@pytest.mark.parametrize(("op", "case", "backend"), list(some_cases(2)))
+def test_compiles_without_gradients(op: Op, case: Case, backend: str) -> None:
+    """As in inference: other code is traced, and fullgraph=True would read values that otherwise break the graph."""
+    inputs = make_inputs(op, case, torch.float32, device_of(backend))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch._dynamo.explain(call(op, case, backend))(**inputs)
+    assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
+
+
 class Recorded(TorchDispatchMode):
     """Notes every call of an operator in the namespace effkit."""
 

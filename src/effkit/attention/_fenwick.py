@@ -259,7 +259,13 @@ def within_chunk(level_scales: Tensor) -> Tensor:
 
 def read(weights: list[Tensor], q: Tensor, blocks: list[Tensor]) -> Tensor:
     """sum_i (weights_i q) blocks_i for weights [..., T], q [..., T, K], blocks [..., K, V]."""
-    return _Read.apply(q, *weights, *blocks)
+    call = _Read.apply if wants_gradient(q, *weights, *blocks) else _Read.forward
+    return call(q, *weights, *blocks)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to know of them. Where not, torch.compile fails on a Function of any number of tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _Read(torch.autograd.Function):

@@ -38,6 +38,7 @@ from effkit.attention._fenwick import (
     resume,
     scales_of_past,
     spare_levels,
+    wants_gradient,
     within_chunk,
 )
 from effkit.attention._recurrent import (
@@ -108,7 +109,7 @@ def log_linear_gated_delta_rule_torch(
     if one_by_one(q, initial_state):
         o, state = recurrence(initial_state, *tensors)
     else:
-        o, state = resume(partial(in_chunks, Scan.apply), tensors, initial_state, chunk_size)
+        o, state = resume(partial(in_chunks, scan), tensors, initial_state, chunk_size)
     return o.to(v.dtype), state
 
 
@@ -135,7 +136,7 @@ def in_chunks(
 ) -> tuple[Tensor, Blocks]:
     """One of `aligned_pieces`: o, and the blocks of the past after it; blocks are those before it.
 
-    scan is the loop over chunks: `Scan.apply`, or a kernel.
+    scan is the loop over chunks: `scan`, or a kernel.
     """
     T = q.shape[2]
     q, k, v, g, beta, level_scales = (to_chunks(x, C) for x in (q, k, v, g, beta[..., None], level_scales))
@@ -158,6 +159,11 @@ def in_chunks(
     for i, tokens in past_blocks((T - 1) % C).items():  # of the last chunk
         after[i] = key.mT @ (inverse[..., tokens] @ values[:, :, tokens])
     return (within + seen).flatten(2, 3)[:, :, :T], after
+
+
+def scan(levels: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`_scan`, repeated in backward where there is one."""
+    return Scan.apply(levels, *tensors) if wants_gradient(*tensors) else _scan(levels, *tensors)
 
 
 class Scan(torch.autograd.Function):
