@@ -169,6 +169,13 @@ def test_what_is_left_alone_and_why() -> None:
     assert not any("v_proj" in name or "layers.0.mlp" in name for name in change.matched)
 
 
+def test_a_pattern_that_matches_nothing_is_told() -> None:
+    config = NF4Config(skip=("lm_haed", "q_proj"), overrides={"mlp": {"block_size": 32}, "layers.7": None})
+    change = effkit.apply(llama(), config)
+    assert change.edit.notes["unused"] == "no layer matches 'lm_haed', 'layers.7'"
+    assert "unused" not in effkit.apply(llama(), NF4Config(skip=("lm_head",))).edit.notes
+
+
 def test_the_head_is_quantised_where_it_is_named_and_not_tied() -> None:
     named = NF4Config(overrides={"lm_head": {}})
     model = llama()

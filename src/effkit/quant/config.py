@@ -339,6 +339,8 @@ def _replace(
         notes["SQNR"] = f"{statistics.median(noise.values()):.2f} dB in the middle, {noise[worst]:.2f} dB in {worst}"
     if left:
         notes["left"] = _listed(left)
+    if unused := [p for p in (*config.skip, *config.overrides) if not any(matches(p, name) for name in (*old, *left))]:
+        notes["unused"] = f"no layer matches {', '.join(map(repr, unused))}"
     if config.keep_original and parts:
         kept = sum(p.nbytes for module in _once(old).values() for p in module.parameters())
         notes["originals"] = f"{kept:,} bytes are kept for undo(); keep_original=False frees them"
