@@ -187,8 +187,10 @@ BUGS = (
                 "(j >> level) + 1), m", ("primes",)),
             Bug("erasures do not decay", DELTA_CHUNKS, "strength *= from_start", "strength += 0 * from_start",
                 ("several chunks",)),
-            Bug("values decay on their way out only", DELTA_CHUNKS, "values *= to_end", "values += 0 * to_end",
-                ("several chunks",)),
+            Bug("values decay on their way out only", DELTA_CHUNKS, "memory *= across(chunk_ptr, C)\n" + 12 * " " +
+                "values *=", "memory *= across(chunk_ptr, C)\n" + 12 * " " + "values += 0 *", ("several chunks",)),
+            Bug("a memory in tiles that does not decay", DELTA_CHUNKS, "decay * memory)", "memory)", ("wide",)),
+            Bug("nor does its gradient", DELTA_BACKWARD, "dmemory = decay * load", "dmemory = load", ("wide",)),
             Bug("erasures send nothing back", DELTA_BACKWARD, "cast(-dvalues, dtype)", "cast(0 * dvalues, dtype)",
                 ("several chunks",)),
             Bug("pairs seen from one side", DELTA_BACKWARD, "dot(tl.trans(pairs), keys, dot(pairs, keys, dk))",
