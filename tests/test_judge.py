@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import effkit
-from effkit.testing import DTYPES, assert_equivalent, compare, verify
+from effkit.testing import DTYPES, assert_equivalent, compare, judge, verify
 
 
 def reference(x: Tensor, w: Tensor) -> Tensor:
@@ -138,3 +138,12 @@ def test_cases_by_name_and_what_cannot_run() -> None:
     results = verify("dynamic_tanh", device="cpu", dtypes=(torch.float32,))
     assert len(results) > 10 and all(result.ok for result in results)
     assert all(row["error"] >= 0 for row in results[0].to_dict()["rows"])
+
+
+def test_bitwise_tells_dtypes_and_bits_apart():
+    x = {"x": torch.tensor([1.0, math.nan, 0.0])}
+    assert all(row.ok for row in judge(lambda x: x.half(), lambda x: x.half(), x, (), bitwise=True))
+    for wrong in (lambda x: x.bfloat16(), lambda x: (x * 1.001).half(), lambda x: -x.half().abs()):
+        assert not all(row.ok for row in judge(wrong, lambda x: x.half(), x, (), bitwise=True))
+    zeros = {"x": torch.zeros(3)}
+    assert not all(row.ok for row in judge(lambda x: x.bfloat16(), lambda x: x.half(), zeros, (), bitwise=True))

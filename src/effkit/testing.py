@@ -207,11 +207,7 @@ def judge(
     names += [f"d {name}" for name in grads]
     compared = zip(names, got + got_grads, truth + truth_grads, yard + yard_grads, strict=True)
     largest = max((_scale(x) for x in (*truth, *truth_grads)), default=0.0)
-    seen_as: Callable[[Tensor], Tensor] = _bits if bitwise else lambda x: x
-    rows = [
-        _row(name, seen_as(mine), seen_as(exactly), seen_as(own), floor, largest)
-        for name, mine, exactly, own in compared
-    ]
+    rows = [_row(name, mine, exactly, own, floor, largest, bitwise) for name, mine, exactly, own in compared]
     rows += [
         Row(name, math.inf, 0.0, False, "the input was changed")
         for name, value in before.items()
@@ -254,13 +250,15 @@ def flat_tensors(outputs: Any) -> Iterator[Tensor]:
         yield outputs
 
 
-def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float, largest: float) -> Row:
+def _row(name: str, got: Tensor, truth: Tensor, yard: Tensor, floor: float, largest: float, bitwise: bool) -> Row:
     """One tensor judged against truth and yardstick."""
     for what in ("shape", "dtype", "device"):
         if getattr(got, what) != getattr(yard, what):
             return Row(name, math.inf, 0.0, False, f"{what} is {getattr(got, what)}, expected {getattr(yard, what)}")
     if not truth.numel():
         return Row(name, 0.0, 0.0, True)
+    if bitwise:
+        got, truth = _bits(got), _bits(truth)
     if not truth.is_floating_point():
         wrong = got != truth
         return Row(name, float(wrong.sum()), 0.0, not wrong.any(), f"integers differ, {_worst(wrong, got, truth)}")
