@@ -21,7 +21,7 @@ _NAMES = {
     "list_ops": "effkit.ops",
     "BackendUnavailable": "effkit.ops",
 }
-_MODULES = ("attention", "norm", "quant", "hf", "zoo", "testing", "bench")
+_MODULES = ("attention", "norm", "peft", "quant", "hf", "zoo", "testing", "bench")
 
 __all__ = [  # written out for static checkers; tests/test_ledger.py compares it with the tables above
     "BackendUnavailable",
@@ -35,6 +35,7 @@ __all__ = [  # written out for static checkers; tests/test_ledger.py compares it
     "list_ops",
     "load",
     "norm",
+    "peft",
     "quant",
     "save",
     "testing",
@@ -44,7 +45,7 @@ __all__ = [  # written out for static checkers; tests/test_ledger.py compares it
 ]
 
 if TYPE_CHECKING:
-    from effkit import attention, bench, hf, norm, quant, testing, zoo
+    from effkit import attention, bench, hf, norm, peft, quant, testing, zoo
     from effkit.change import apply, describe, load, save
     from effkit.ops import BackendUnavailable, explain, list_ops, use_backend
     from effkit.testing import verify

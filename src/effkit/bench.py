@@ -193,8 +193,8 @@ def shortened(op: Op, case: Case, limit: int) -> Case:
 
     Axes that are last wherever they stand, the widths, stay: kernels are chosen by them.
     """
-    # Quantisers and their products take time in proportion, and numbers of values and of their scales go together.
-    if op.exact or op.area == "quant":
+    # These take time in proportion; of quantisers the numbers of values and of their scales go together, too.
+    if op.exact or op.area in ("quant", "peft"):
         return dataclasses.replace(case, large=False)
     several = [shape.axes for shape in op.signature.inputs if len(shape.axes) > 1]
     widths = {axes[-1] for axes in several} - {axis for axes in several for axis in axes[:-1]}  # g [B, H, T] ends long

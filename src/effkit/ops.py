@@ -20,7 +20,7 @@ from torch import Tensor
 from effkit.shapes import Signature, parse
 
 BACKENDS = ("reference", "torch", "triton")
-AREAS = ("effkit.attention", "effkit.norm", "effkit.quant")
+AREAS = ("effkit.attention", "effkit.norm", "effkit.quant", "effkit.peft")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as triton itself: read once, before kernels are defined
 
 _forced: str | None = os.environ.get("EFFKIT_BACKEND") or None
