@@ -58,7 +58,7 @@ class Edit:
 
     undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
     undoes itself. final: `apply` calls undo only if a later config fails, and lets go of it, and of what it holds, at
-    its end.
+    its end. cannot_save gives the reason why the model, as it is by now, cannot be saved, or None.
     """
 
     matched: list[str]
@@ -66,6 +66,7 @@ class Edit:
     irreversible: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     final: bool = False
+    cannot_save: Callable[[nn.Module], str | None] = lambda model: None
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,10 @@ def save(model: nn.Module, path: str | Path) -> None:
     alone = next((name for name, part in model.named_modules() if name and part.__dict__.get(_REMEMBERED)), None)
     if alone is not None:
         raise ValueError(f"save: {alone} was changed by itself; save that, or apply changes to the whole model")
+    for change in _changes(model):
+        reason = change.edit.cannot_save(model)
+        if reason is not None:
+            raise ValueError(f"save: {reason}")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
