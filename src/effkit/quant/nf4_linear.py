@@ -132,7 +132,7 @@ def linear_4bit(
     for name in ("absmax", "nested_absmax", "nested_offset"):
         scale = tensors[name]
         tensors[name] = scale.float() if scale is not None and scale.dtype == torch.float64 else scale
-    tensors["x"] = _as_autocast(x)
+    tensors["x"] = as_autocast(x)
     return LINEAR_4BIT.run(backend, **tensors, block_size=block_size, quant_type=quant_type)
 
 
@@ -275,7 +275,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.cache_dequant == "all" and not torch.compiler.is_compiling():
-            x = _as_autocast(x)
+            x = as_autocast(x)
             return product(x, self._dense(x.dtype), None, self.bias, None, None, self.block_size, self.quant_type, "")
         return linear_4bit(
             x,
@@ -520,7 +520,7 @@ def _check_sizes(sizes: dict[str, int], block_size: int) -> None:
         )
 
 
-def _as_autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
     """x in the dtype that F.linear would compute in under torch.autocast."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
