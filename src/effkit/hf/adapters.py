@@ -11,11 +11,11 @@ from effkit.quant.config import quantized_weights
 
 
 def say_merged(model: PreTrainedModel) -> None:
-    """Makes a model's config true again: an output head that has come apart from its embeddings, no quantised layers."""
+    """Makes a model's config true again: the head may have left the embeddings, quantised layers be gone."""
     inputs: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is not None and inputs is not None and head.weight is not inputs.weight:
         model.config.tie_word_embeddings = False
-    if getattr(model.config, "quantization_config", None) is not None:
-        if not any(quantized_weights(module) for module in model.modules()):
-            say(model, None)
+    quantized = any(quantized_weights(module) for module in model.modules())
+    if not quantized and getattr(model.config, "quantization_config", None) is not None:
+        say(model, None)

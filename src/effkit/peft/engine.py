@@ -8,14 +8,12 @@ are frozen. More configs add more adapters; the one added last is on, `activate`
 What an adapter adds is multiplied by its `gate`, a tensor. Compiled code computes all adapters of a layer and reads the
 gates, so that switching, scaling and disabling do not compile again; other code calls those that are on.
 
-`merge` puts dense layers with changed weights in the place of adapted ones and keeps these, so that `unmerge` gives back
-the very same bits. `merge_and_unload` does not keep them.
+`merge` (merging.py) puts dense layers with changed weights in the place of adapted ones and keeps these for `unmerge`.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +96,7 @@ class TrainedCopy(Adapter):
         super().__init__(next(module.parameters()).device)
         self.copy = _copy(module)
 
-    def forward(self, layer: Adapted, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, layer: Adapted, *args: Any, **kwargs: Any) -> Any:
         return self.copy(*args, **kwargs)
 
 
@@ -121,6 +119,8 @@ class Adapted(nn.Module):
     plain: ClassVar[type[nn.Module]]  # the class that the layer had
     matrix: ClassVar[str | None]  # how a layer that is just a matrix stores it: "as is", "transposed"; None for others
     adapters: nn.ModuleDict
+    weight: Tensor
+    bias: Tensor | None
     rows: tuple[Tensor, tuple[str, ...]] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,9 +142,9 @@ class Adapted(nn.Module):
     def used(self) -> list[Any]:
         """The adapters that compute: those that are on; for a compiler all, where gates can tell them apart."""
         every: list[Any] = list(self.adapters.values())
-        if torch.compiler.is_compiling() and all(adapter.gated for adapter in every):
-            if len(every) == 1 or all(adapter.additive for adapter in every):
-                return every
+        by_gates = all(adapter.gated and (adapter.additive or len(every) == 1) for adapter in every)
+        if by_gates and torch.compiler.is_compiling():
+            return every
         return [adapter for adapter in every if adapter.on]
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,15 +163,16 @@ class Adapted(nn.Module):
         return _new_adapted, (self.plain,), state
 
 
-@functools.cache
 def adapted_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer of this class once it has adapters."""
-    matrix = "as is" if plain.forward is nn.Linear.forward else None
-    if is_conv1d_class(plain):
-        matrix = "transposed"
-    return type(
-        f"Adapted{plain.__name__}", (Adapted, plain), {"plain": plain, "matrix": matrix, "__module__": __name__}
-    )
+    """The class of a layer of this class once it has adapters, always the same one."""
+    if plain not in _CLASSES:
+        matrix = "transposed" if is_conv1d_class(plain) else "as is" if plain.forward is nn.Linear.forward else None
+        body = {"plain": plain, "matrix": matrix, "__module__": __name__}
+        _CLASSES[plain] = type(f"Adapted{plain.__name__}", (Adapted, plain), body)
+    return _CLASSES[plain]
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _new_adapted(plain: type[nn.Module]) -> nn.Module:
@@ -461,7 +462,7 @@ def linear_shape(config: AdapterConfig, path: str, layer: Any) -> tuple[int, int
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if is_conv1d(layer):
-        return tuple(layer.weight.shape)  # type: ignore[return-value]
+        return tuple(layer.weight.shape)
     raise TypeError(
         f"{type(config).__name__}: {path} is {type(layer).__name__}, expected nn.Linear, a quantised linear layer of "
         "effkit.quant or transformers' Conv1D"

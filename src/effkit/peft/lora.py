@@ -1,6 +1,6 @@
 """LoRA: a product of two thin matrices beside each frozen weight.
 
-    y = W x + s B A drop(x)        s = alpha / r, or alpha / sqrt(r) (rank-stabilised)        Hu et al., arXiv 2106.09685
+    y = W x + s B A drop(x)      s = alpha / r, or alpha / sqrt(r) (rank-stabilised)      Hu et al., arXiv 2106.09685
 
 A [R, K] starts as noise and B [M, R] as zero, so that the model starts as it was. Trained are R (K + M) numbers a layer
 instead of K M; gradients, moments and files shrink accordingly. A forward pass costs R (1 / K + 1 / M) more operations,
@@ -33,7 +33,21 @@ from effkit.peft.matching import first_match
 INITS = ("default", "gaussian", "random")
 
 
-class LoRA(Adapter):
+class Scaled(Adapter):
+    """An adapter that is multiplied by a number, and by its gate: `gain`, float32 [], is the product of both."""
+
+    gain: Tensor
+
+    def __init__(self, scale: float, device: torch.device | str | None = None) -> None:
+        super().__init__(device)
+        self.scale = scale
+        self.register_buffer("gain", torch.full((), float(scale), device=device), persistent=False)
+
+    def refresh(self) -> None:
+        self.gain = self.gate * self.scale
+
+
+class LoRA(Scaled):
     """The factors of one linear layer: y + scale B A drop(x).
 
     in_features       K
@@ -50,7 +64,7 @@ class LoRA(Adapter):
     lora_A [R, K] and lora_B [M, R] are the parameters.
     """
 
-    gain: Tensor
+    lora_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -67,14 +81,12 @@ class LoRA(Adapter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(device)
-        self.scale, self.dropout, self.frozen = scale, dropout, () if train_a else ("lora_A",)
+        super().__init__(scale, device)
+        self.dropout, self.frozen = dropout, () if train_a else ("lora_A",)
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype), requires_grad=train_a)
         self.lora_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if update_bias else None
         self.register_parameter("lora_bias", bias)
-        self.register_buffer("gain", torch.ones((), device=device), persistent=False)
-        self.refresh()
         self.reset_parameters(init, generator)
 
     @torch.no_grad()
@@ -90,10 +102,6 @@ class LoRA(Adapter):
         self.lora_B.zero_()
         if init == "random":
             _draw(self.lora_B, lambda b: b.uniform_(-1, 1, generator=generator).div_(math.sqrt(max(1, rank))))
-
-    def refresh(self) -> None:
-        if hasattr(self, "gain"):
-            self.gain = self.gate * self.scale
 
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -127,14 +135,12 @@ class LoRA(Adapter):
         return f"{inputs}, {self.lora_B.shape[0]}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class LoRAEmbedding(Adapter):
+class LoRAEmbedding(Scaled):
     """The factors of an embedding: y + scale B A[:, id].
 
     lora_embedding_A [R, V] starts as zero, lora_embedding_B [C, R] as normal values: names and start are peft's. There
     is no dropout. The arguments are those of `LoRA`; init "random" draws A as well.
     """
-
-    gain: Tensor
 
     def __init__(
         self,
@@ -148,19 +154,14 @@ class LoRAEmbedding(Adapter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(device)
-        self.scale = scale
+        super().__init__(scale, device)
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, num_embeddings, device=device, dtype=dtype))
         self.lora_embedding_B = nn.Parameter(torch.empty(embedding_dim, rank, device=device, dtype=dtype))
-        self.register_buffer("gain", torch.ones((), device=device), persistent=False)
-        self.refresh()
         if not self.lora_embedding_B.is_meta:
             with torch.no_grad():
                 _draw(self.lora_embedding_B, lambda b: b.normal_(generator=generator))
                 if init == "random":
                     _draw(self.lora_embedding_A, lambda a: a.normal_(generator=generator))
-
-    refresh = LoRA.refresh
 
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         base: Any = layer

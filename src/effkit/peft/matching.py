@@ -61,7 +61,8 @@ def find_saved(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The named modules of a model without those of its adapters and without the model itself, each once."""
-    adapters = {id(m) for module in model.modules() if hasattr(module, "adapters") for m in module.adapters.modules()}
+    children: list[Any] = [module.adapters for module in model.modules() if hasattr(module, "adapters")]
+    adapters = {id(module) for child in children if isinstance(child, nn.ModuleDict) for module in child.modules()}
     return [(name, module) for name, module in model.named_modules() if name and id(module) not in adapters]
 
 
@@ -129,7 +130,7 @@ def _is_score(model: nn.Module, name: str) -> bool:
 
 
 def _usual(model: nn.Module, what: str, usual: Mapping[str, tuple[str, ...] | str]) -> tuple[str, ...] | str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
     if kind not in usual:
         raise ValueError(
             f"{what}: target_modules is None and there is no usual choice for model type {kind!r}; "
@@ -151,7 +152,8 @@ def _by_type(**targets: str) -> dict[str, tuple[str, ...]]:
 # What peft takes for model types, for LoRA and what follows it.
 USUAL_TARGETS: dict[str, tuple[str, ...] | str] = {
     **_by_type(
-        q_proj__v_proj="llama llama4 mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text opt gptj gpt_neo stablelm bart",
+        q_proj__v_proj="llama llama4 mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text opt gptj gpt_neo stablelm "
+        "bart",
         q__v="t5 mt5",
         c_attn="gpt2 gpt_bigcode",
         query_key_value="bloom falcon RefinedWeb RefinedWebModel gpt_neox chatglm",

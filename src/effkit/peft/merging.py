@@ -2,8 +2,8 @@
 
     W' = W + s B A, in float32, rounded once to the layer's dtype
 
-A merged layer is a dense one that stands in the place of the adapted layer, which is kept: `unmerge` gives back the very
-same bits. Adding and subtracting the update in half precision would not: ten rounds of it change a quarter of all
+A merged layer is a dense one in the place of the adapted layer, which is kept: `unmerge` gives back the very same bits.
+Adding and subtracting the update in half precision would not: ten rounds of it change a quarter of all
 weights. The price is a second copy of the weights until `merge_and_unload` lets go of the first.
 
 Layers in four or eight bits become dense layers of their `dtype`. To quantise the sum again is possible and mostly
