@@ -40,6 +40,17 @@ def dropped_reference(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     return x * keep.to(x.dtype) / keep_probability(dropout)
 
 
+def dropped(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """The same bits from masks made in pieces. Not differentiable."""
+    if seed is None or not dropout:
+        return x
+    y = x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    rows = x.reshape(y.shape)
+    for piece, keep in keep_pieces(len(y), y.shape[1], x.dtype, seed, dropout):
+        torch.mul(rows[piece], keep, out=y[piece])
+    return y.div_(keep_probability(dropout)).view(x.shape)
+
+
 def keep_pieces(T: int, K: int, dtype: torch.dtype, seed: Tensor, dropout: float) -> Iterator[tuple[slice, Tensor]]:
     """The mask [T, K] a few rows at a time: which rows, and 1 or 0 in this dtype for each element.
 

@@ -177,30 +177,27 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def gradients(
-    up_gradients: Callable[..., tuple[Tensor | None, Tensor | None]],
-    down_gradients: Callable[..., tuple[Tensor | None, Tensor | None]],
-    ctx: Any,
-    dy: Tensor,
+    up_gradients: Callable[..., Any], down_gradients: Callable[..., Any], ctx: Any, dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the places of the nine arguments, those nobody asks for left out."""
     x, a, b, scale, weight, down, seed = ctx.saved_tensors
     of_x, of_a, of_b, _, of_weight, of_bias, of_base, *_ = ctx.needs_input_grad
     a_dtype, b_dtype, weight_dtype, bias_dtype, base_dtype = ctx.dtypes
-    dx = da = db = dweight = None
-    rows, d_rows = None if x is None else rows_of(x), rows_of(dy)
+    d_rows = rows_of(dy)
+    rows: Any = None if x is None else rows_of(x)
+    dx: Any = None
+    da: Any = None
     d_down, db = up_gradients(d_rows, None if down is None else rows_of(down), b, scale, ctx.dropout)
     if of_x or of_a:
         dx, da = down_gradients(rows if of_a else None, d_down, a, seed, ctx.dropout)
     if of_x:
-        dx = (dx if weight is None else dx.addmm_(d_rows, weight.to(dy.dtype))).view(*ctx.stars, dx.shape[-1])
-    if of_weight:
-        dweight = (d_rows.T @ rows).to(weight_dtype)
+        dx = dx if weight is None else dx.addmm_(d_rows, weight.to(dy.dtype))
     return (
-        dx,
+        dx.view(*ctx.stars, dx.shape[-1]) if of_x else None,
         da.to(a_dtype) if of_a else None,
         db.to(b_dtype) if of_b else None,
         None,
-        dweight,
+        (d_rows.T @ rows).to(weight_dtype) if of_weight else None,
         d_rows.sum(0, dtype=_wide(dy)).to(bias_dtype) if of_bias else None,
         dy.to(base_dtype) if of_base else None,
         None,
@@ -228,7 +225,7 @@ def _down(rows: Tensor, a: Tensor, scale: Tensor, seed: Tensor | None, dropout: 
         down = rows @ a.T
     else:
         down = rows.new_empty(len(rows), len(a))
-        for piece, keep in keep_pieces(*rows.shape, rows.dtype, seed, dropout):
+        for piece, keep in keep_pieces(len(rows), rows.shape[1], rows.dtype, seed, dropout):
             torch.mm(keep.mul_(rows[piece]), a.T, out=down[piece])
     return down.mul_(factor(scale, rows, dropout))
 
@@ -248,14 +245,15 @@ def _down_gradients(
     dx = None if a is None else d_down @ a.to(d_down.dtype)
     if seed is None:
         return dx, None if rows is None else d_down.T @ rows
-    K = (a if rows is None else rows).shape[1]
-    da: Any = torch.zeros(d_down.shape[1], K, dtype=_wide(d_down), device=d_down.device)
+    source: Any = a if rows is None else rows
+    K = source.shape[1]
+    da = torch.zeros(d_down.shape[1], K, dtype=_wide(d_down), device=d_down.device)
     for piece, keep in keep_pieces(len(d_down), K, d_down.dtype, seed, dropout):
         if dx is not None:
             dx[piece].mul_(keep)
         if rows is not None:
             da = da + d_down[piece].T @ keep.mul_(rows[piece])
-    return dx, da
+    return dx, None if rows is None else da
 
 
 def factor(scale: Tensor, like: Tensor, dropout: float) -> Tensor:
@@ -350,7 +348,8 @@ LORA_LINEAR = register(
         area="peft",
         summary="linear layer with a trained update of low rank beside its frozen weight (LoRA)",
         paper="https://arxiv.org/abs/2106.09685",
-        shapes="x [*N, K], a [R, K], b [M, R], scale [], weight [M, K]?, bias [M]?, base [*N, M]?, seed []? -> y [*N, M]",
+        shapes="x [*N, K], a [R, K], b [M, R], scale [], weight [M, K]?, bias [M]?, base [*N, M]?, seed []? "
+        "-> y [*N, M]",
         function=lora_linear,
         reference=lora_linear_reference,
         torch=lora_linear_torch,
