@@ -1,0 +1,276 @@
+"""Grouped LoRA: each row of a batch has an adapter of its own, in training as well as in inference.
+
+    y[i] = base[i] + scale[e] (x[i] a[e]^T) b[e]^T        e = rows[i], nothing is added where it is -1
+
+LoRA (Hu et al., arXiv 2106.09685) keeps one base model for many tasks; serving, and training, them together is a batch
+whose rows differ in their adapter. Punica (Chen et al., arXiv 2310.18547) multiplies segments of rows that share one;
+here such products have their gradients, too: of base, x and the factors of every adapter.
+
+Cost: 2 B T R (K + M) operations forward and twice that backward, as for one adapter, and each adapter that is used is
+read once. Kept for the backward pass are x, S = x a^T [B, T, R] and the parameters.
+
+When not to use it: for a single adapter, which `lora_linear` computes together with the layer. Ranks that differ are
+padded with zeros to the largest, which costs as much as if all had it. A row's result may differ in its last bits from
+that of the same row in another batch, as in any product of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkit.attention._recurrent import may_read
+from effkit.ops import Case, Op, register
+from effkit.peft._arguments import FLOATS, INTEGERS
+from effkit.quant.nf4_linear import as_autocast
+
+
+def grouped_lora_reference(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """The equation, row by row."""
+    each = []
+    for i, e in enumerate(rows.tolist()):
+        down, up = a[e].to(x.dtype), b[e].to(x.dtype)
+        each.append(base[i] if e < 0 else base[i] + scale[e] * ((x[i] @ down.T) @ up.T))
+    return torch.stack(each) if each else base.clone()
+
+
+def grouped_lora_torch(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Where the rows can be read, a product for each run of rows that share an adapter; else each row gets a copy."""
+    if may_read(rows):
+        return _GroupedLoRA.apply(base, x, rows, a, b, scale)[0]
+    return _gathered(base, x, rows, a, b, scale)
+
+
+def grouped_lora(
+    base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """LoRA with an adapter for each row of the batch.
+
+        y[i] = base[i] + scale[e] (x[i] a[e]^T) b[e]^T,    e = rows[i]        arXiv 2106.09685, 2310.18547
+
+    base [B, T, M]    what the layer itself computes, any float dtype
+    x [B, T, K]       its input: float16, bfloat16, float32 or float64, any strides
+    rows [B]          int32 or int64: each row's adapter, -1 for none
+    a [E, R, K]       the first factors (lora_A); any float dtype, rounded to that of x. Lower ranks end with zeros
+    b [E, M, R]       the second ones (lora_B)
+    scale [E]         what the products are multiplied with, e.g. alpha / r; any float dtype
+    backend           "reference", "torch", "triton" or None for the fastest that can
+
+    Returns y [B, T, M] in x's dtype, or that of torch.autocast; rows without an adapter are those of base, bit for bit.
+    base, x, a and b have gradients, each in its own dtype; an adapter that no row has gets zeros. What is NaN in one
+    row stays with that row and its adapter. scale has no gradient. Second derivatives: backend="reference".
+
+    Raises ValueError or TypeError for arguments that do not fit, BackendUnavailable for a backend that cannot run. Rows
+    out of range raise on a CPU. On CUDA they are not read by the host: triton then makes such rows NaN, and torch fails
+    with a device-side assertion.
+    """
+    tensors = dict(base=base, x=x, rows=rows, a=a, b=b, scale=scale)
+    sizes = GROUPED_LORA.check(**tensors)
+    for name, tensor in tensors.items():
+        choices = INTEGERS if name == "rows" else FLOATS
+        if tensor.dtype not in choices:
+            raise TypeError(f"grouped_lora: {name} has dtype {tensor.dtype}, choices: {', '.join(map(str, choices))}")
+        if tensor.device != x.device:
+            raise ValueError(f"grouped_lora: {name} is on {tensor.device}, expected {x.device} as x")
+    if scale.requires_grad:
+        raise ValueError("grouped_lora: scale asks for a gradient, which it does not get: pass scale.detach()")
+    if not sizes["E"]:
+        raise ValueError("grouped_lora: a holds no adapters (E=0), expected at least one")
+    if sizes["B"] and may_read(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < sizes["E"]:
+        raise ValueError(f"grouped_lora: rows is {rows.tolist()}, expected -1 to {sizes['E'] - 1}, with E={sizes['E']}")
+    x = as_autocast(x)
+    return GROUPED_LORA.run(backend, base=base.to(x.dtype), x=x, rows=rows, a=a, b=b, scale=scale)
+
+
+def _gathered(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Batched products with a copy of its factors for each row: no value is read, and a compiler sees all of it."""
+    none = (rows < 0)[:, None, None]
+    own = rows.clamp_min(0)
+    wide = torch.promote_types(x.dtype, torch.float32)  # gradients of rows that share an adapter are summed in it
+    down, up = (factor.to(wide)[own].to(x.dtype) for factor in (a, b))
+    s = torch.where(none, 0, x) @ down.mT  # a row that has none adds nothing to gradients either, whatever it holds
+    return torch.where(none, base, base + ((s @ up.mT).to(wide) * scale[own, None, None]).to(x.dtype))
+
+
+class _GroupedLoRA(torch.autograd.Function):
+    """Returns y, and S in the order of `_runs`."""
+
+    @staticmethod
+    def forward(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        order = _order(rows, x)
+        y, x = _ordered(base, order, copy=True), _ordered(x, order)
+        s = x.new_zeros(*x.shape[:2], a.shape[1])
+        for run, e, factor in _runs(rows, order, scale):
+            s[run] = x[run] @ a[e].to(x.dtype).T
+            y[run].flatten(0, 1).addmm_(s[run].flatten(0, 1), b[e].to(x.dtype).T, alpha=factor)
+        return _restored(y, order), s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[1:], output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, rows, a, b, scale, s = ctx.saved_tensors
+        _, wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        order = _order(rows, x)
+        g, x = _ordered(dy, order), _ordered(x, order)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dx = x.new_zeros(x.shape) if wants_x else None
+        da = a.new_zeros(a.shape, dtype=wide) if wants_a else None
+        db = b.new_zeros(b.shape, dtype=wide) if wants_b else None
+        for run, e, factor in _runs(rows, order, scale):
+            dy_run = g[run].flatten(0, 1)
+            if db is not None:
+                db[e] += (dy_run.T @ s[run].flatten(0, 1)).mul_(factor)
+            ds = (dy_run @ b[e].to(x.dtype)).mul_(factor)
+            if dx is not None:
+                torch.mm(ds, a[e].to(x.dtype), out=dx[run].flatten(0, 1))
+            if da is not None:
+                da[e] += ds.T @ x[run].flatten(0, 1)
+        return (
+            dy,
+            None if dx is None else _restored(dx, order),
+            None,
+            None if da is None else da.to(a.dtype),
+            None if db is None else db.to(b.dtype),
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        return one_by_one(_GroupedLoRA.apply, info.batch_size, in_dims, inputs)
+
+
+def one_by_one(apply: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """An op of several results under vmap."""
+    each = [
+        apply(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+    return results, (0,) * len(results)
+
+
+def _order(rows: Tensor, x: Tensor) -> Tensor | None:
+    """An order of the rows in which those of an adapter are neighbours, or None to leave them where they are.
+
+    A product of a few tokens costs more than copying them, and one of many does not gain from being larger.
+    """
+    return rows.argsort(stable=True) if x.shape[1] < _FEW else None
+
+
+def _ordered(x: Tensor, order: Tensor | None, copy: bool = False) -> Tensor:
+    if order is not None:
+        return x.index_select(0, order)
+    return x.clone(memory_format=torch.contiguous_format) if copy else x
+
+
+def _restored(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
+
+
+def _runs(rows: Tensor, order: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, int, float]]:
+    """Neighbouring rows with one adapter, in this order, the adapter, and its scale."""
+    adapters = (rows if order is None else rows[order]).tolist()
+    scales = scale.tolist()
+    start = 0
+    for stop in range(1, len(adapters) + 1):
+        if stop == len(adapters) or adapters[stop] != adapters[start]:
+            if adapters[start] >= 0:
+                yield slice(start, stop), adapters[start], scales[adapters[start]]
+            start = stop
+
+
+_FEW = 16  # tokens of a row
+
+
+def _supports(**tensors: Tensor) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            return f"{name} has dtype torch.float64, the kernel computes in float32"
+    if tensors["a"].shape[1] > 128:
+        return f"a has rank {tensors['a'].shape[1]}, the kernel takes up to 128"
+    return None
+
+
+def _case(name: str, rows: tuple[int, ...], T: int, K: int, M: int, R: int, E: int, **rest: Any) -> Case:
+    sizes = {"B": len(rows), "T": T, "K": K, "M": M, "R": R, "E": E}
+    return Case(name, sizes, ints={"rows": rows}, **rest)
+
+
+def _flops(case: Case) -> float:
+    sizes: Any = case.sizes
+    return 2 * sizes["B"] * sizes["T"] * sizes["R"] * (sizes["K"] + sizes["M"])
+
+
+def _traffic(case: Case) -> float:
+    """x and base are read, y is written, and the factors that are used are read."""
+    sizes: Any = case.sizes
+    used = len(set(case.ints["rows"]) - {-1})
+    return sizes["B"] * sizes["T"] * (sizes["K"] + 2 * sizes["M"]) + used * sizes["R"] * (sizes["K"] + sizes["M"])
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.float()
+
+
+_ZIPF = (0, 2, 0, 1, 0, 0, 3, 1, 0, 2, 0, 1, 0, 5, 0, 1, 0, 0, 2)
+_CASES = (
+    _case("one", (0,), 1, 1, 1, 1, 1),
+    _case("no rows", (), 3, 8, 8, 2, 2),
+    _case("no tokens", (1, 0), 0, 8, 8, 2, 2),
+    _case("no feature in", (1, 0), 3, 0, 8, 2, 2),
+    _case("no feature out", (1, 0), 3, 8, 0, 2, 2),
+    _case("rank 0", (1, 0), 3, 8, 8, 0, 2),
+    _case("none", (-1, -1), 5, 17, 13, 3, 2),
+    _case("one adapter", (0, 0, 0), 17, 33, 29, 3, 1),
+    _case("unsorted", (2, 0, -1, 2, 1), 7, 33, 29, 3, 3),
+    _case("unsorted, many tokens", (2, 0, -1, 2, 1), 19, 33, 29, 5, 3),
+    _case("most without rows", (4, 1, 4), 21, 16, 24, 4, 7),
+    _case("decoding", _ZIPF, 1, 65, 67, 8, 6),
+    _case("decoding, deep", (1, 0), 1, 1041, 1063, 8, 2),
+    _case("Zipf", _ZIPF, 5, 31, 37, 4, 6),
+    _case("neighbours", (1, 1, -1, 0, 0), 33, 40, 24, 16, 2),
+    _case("full tiles", (1, 0), 64, 64, 64, 16, 2),
+    _case("one past a tile", (1, 0), 65, 65, 129, 17, 2),
+    _case("deep", (0, 1), 130, 300, 70, 8, 2),
+    _case("rank 128", (1, 0, 1), 18, 48, 40, 128, 2),
+    _case("transposed", (1, 0, -1), 18, 33, 20, 6, 2, layout="transposed"),
+    _case("strided", (1, 0, -1), 6, 33, 20, 6, 2, layout="strided"),
+    _case("large scales", (1, 0), 16, 32, 32, 4, 2, gain={"scale": 20.0}),
+    _case("a layer", tuple(i * i % 9 - 1 for i in range(16)), 300, 4096, 4096, 16, 8, large=True),
+    _case("a layer, decoding", tuple(i * i % 33 - 1 for i in range(200)), 1, 4096, 11008, 64, 32, large=True),
+)
+_BENCH = (
+    _case("8 x 256, 4 adapters", (0, 1, 2, 3) * 2, 256, 1024, 1024, 16, 4),
+    _case("32 x 1, 8 adapters", tuple(range(8)) * 4, 1, 1024, 1024, 16, 8, forward_only=True),
+    _case("16 x 1024, 8 adapters", tuple(range(8)) * 2, 1024, 4096, 4096, 16, 8, large=True),
+    _case("256 x 1, 64 adapters", tuple(range(64)) * 4, 1, 4096, 4096, 16, 64, large=True, forward_only=True),
+)
+
+GROUPED_LORA = register(
+    Op(
+        name="grouped_lora",
+        area="peft",
+        summary="an adapter for each row of a batch, in training too (grouped LoRA)",
+        paper="https://arxiv.org/abs/2310.18547",
+        shapes="base [B, T, M], x [B, T, K], rows [B], a [E, R, K], b [E, M, R], scale [E] -> y [B, T, M]",
+        function=grouped_lora,
+        reference=grouped_lora_reference,
+        torch=grouped_lora_torch,
+        triton="effkit.kernels.grouped_lora:grouped_lora",
+        supports=_supports,
+        cases=_CASES,
+        bench=_BENCH,
+        grads=("base", "x", "a", "b"),
+        flops=_flops,
+        traffic=_traffic,
+        draw={"scale": _float32},
+    )
+)
