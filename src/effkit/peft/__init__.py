@@ -1,6 +1,45 @@
 """Adapters: a few trained parameters beside frozen ones, at the memory they need and in peft's file format."""
 
+from effkit.peft.engine import (
+    Adapter,
+    AdapterConfig,
+    activate,
+    active_adapters,
+    adapter_names,
+    adapters_of,
+    delete_adapter,
+    disabled,
+    set_scale,
+    set_trainable,
+)
 from effkit.peft.grouped import grouped_lora
+from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
+from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
+from effkit.peft.merging import MergeConfig, MergeReport, is_merged, merge, merge_and_unload, unmerge
 
-__all__ = ["grouped_lora", "lora_linear"]
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "LoRA",
+    "LoRAConfig",
+    "LoRAEmbedding",
+    "MergeConfig",
+    "MergeReport",
+    "activate",
+    "active_adapters",
+    "adapter_names",
+    "adapters_of",
+    "delete_adapter",
+    "disabled",
+    "grouped_lora",
+    "is_merged",
+    "lora_linear",
+    "lora_plus_optimizer",
+    "lora_plus_param_groups",
+    "merge",
+    "merge_and_unload",
+    "set_scale",
+    "set_trainable",
+    "unmerge",
+]
