@@ -238,6 +238,8 @@ class LoRAConfig(AdapterConfig):
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank) if rank else 0.0
 
     def adapter(self, path: str, layer: nn.Module, shared: Any) -> Adapter:
+        embedding = isinstance(layer, nn.Embedding)
+        sizes = (layer.num_embeddings, layer.embedding_dim) if embedding else linear_shape(self, path, layer)
         common: dict[str, Any] = dict(
             rank=self.rank_of(path),
             scale=self.scale_of(path),
@@ -246,12 +248,12 @@ class LoRAConfig(AdapterConfig):
             device=layer.weight.device,
             dtype=parameter_dtype(self, layer),
         )
-        if isinstance(layer, nn.Embedding):
-            if self.update_bias:
-                raise ValueError(f"{type(self).__name__}: update_bias is True, but {path} is an embedding")
-            return LoRAEmbedding(layer.num_embeddings, layer.embedding_dim, **common)
+        if embedding and self.update_bias:
+            raise ValueError(f"{type(self).__name__}: update_bias is True, but {path} is an embedding")
+        if embedding:
+            return LoRAEmbedding(*sizes, **common)
         return LoRA(
-            *linear_shape(self, path, layer),
+            *sizes,
             dropout=self.dropout,
             update_bias=self.update_bias,
             train_a=self.train_a,
