@@ -129,7 +129,7 @@ class _LoRALinear(torch.autograd.Function):
         seed: Tensor | None,
         dropout: float,
     ) -> tuple[Tensor, Tensor]:
-        return added(x, _down(rows_of(x), a.to(x.dtype), scale, seed, dropout), b, weight, bias, base)
+        return added(x, down_product(rows_of(x), a.to(x.dtype), scale, seed, dropout), b, weight, bias, base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -138,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        return gradients(_up_gradients, _down_gradients, ctx, dy)
+        return gradients(up_gradients, down_gradients, ctx, dy)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
@@ -176,10 +176,11 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (a, b, weight, bias, base)]
 
 
-def gradients(
-    up_gradients: Callable[..., Any], down_gradients: Callable[..., Any], ctx: Any, dy: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients in the places of the nine arguments, those nobody asks for left out."""
+def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """The gradients in the places of the nine arguments, those nobody asks for left out.
+
+    of_up and of_down compute those of the two thin products: see `up_gradients` and `down_gradients`.
+    """
     x, a, b, scale, weight, down, seed = ctx.saved_tensors
     of_x, of_a, of_b, _, of_weight, of_bias, of_base, *_ = ctx.needs_input_grad
     a_dtype, b_dtype, weight_dtype, bias_dtype, base_dtype = ctx.dtypes
@@ -187,9 +188,9 @@ def gradients(
     rows: Any = None if x is None else rows_of(x)
     dx: Any = None
     da: Any = None
-    d_down, db = up_gradients(d_rows, None if down is None else rows_of(down), b, scale, ctx.dropout)
+    d_down, db = of_up(d_rows, None if down is None else rows_of(down), b, scale, ctx.dropout)
     if of_x or of_a:
-        dx, da = down_gradients(rows if of_a else None, d_down, a, seed, ctx.dropout)
+        dx, da = of_down(rows if of_a else None, d_down, a, seed, ctx.dropout)
     if of_x:
         dx = dx if weight is None else dx.addmm_(d_rows, weight.to(dy.dtype))
     return (
@@ -219,7 +220,7 @@ def batched_pair(
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0)
 
 
-def _down(rows: Tensor, a: Tensor, scale: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+def down_product(rows: Tensor, a: Tensor, scale: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     """scale * x_d a^T of rows [T, K]. The division by the probability of being kept is done here, on R columns."""
     if seed is None:
         down = rows @ a.T
@@ -230,7 +231,7 @@ def _down(rows: Tensor, a: Tensor, scale: Tensor, seed: Tensor | None, dropout: 
     return down.mul_(factor(scale, rows, dropout))
 
 
-def _up_gradients(
+def up_gradients(
     dy: Tensor, down: Tensor | None, b: Tensor | None, scale: Tensor, dropout: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of down (before scale and division by the probability) where b is given, and of b where down is."""
@@ -238,7 +239,7 @@ def _up_gradients(
     return d_down, None if down is None else dy.T @ down
 
 
-def _down_gradients(
+def down_gradients(
     rows: Tensor | None, d_down: Tensor, a: Tensor | None, seed: Tensor | None, dropout: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of x, through the adapter alone, where a is given, and of a where rows are."""
