@@ -22,8 +22,8 @@ from effkit.peft.engine import Adapter
 
 GROUPS = ("A", "A_no_decay", "embedding", "B", "B_no_decay")
 
-# The group of an adapter's parameter where it is not that of its shape, see _group. Decay must pull towards the model as
-# it was: that is zero for the factors of a sum, but not for DoRA's magnitudes and the factors of (IA)^3.
+# The group of an adapter's parameter, where that does not follow from its shape. What decays must pull the model
+# back to what it was: the factors of a sum do, DoRA's magnitudes and the factors of (IA)^3 would not.
 _OF_ADAPTERS = {
     "lora_B": "B",
     "lora_bias": "B_no_decay",
