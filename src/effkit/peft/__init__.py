@@ -17,6 +17,8 @@ from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
 from effkit.peft.merging import MergeConfig, MergeReport, is_merged, merge, merge_and_unload, unmerge
+from effkit.peft.singlora import SingLoRA, SingLoRAConfig, advance_ramp, singlora_linear
+from effkit.peft.vera import VeRA, VeRAConfig, vera_linear
 
 __all__ = [
     "Adapter",
@@ -26,10 +28,15 @@ __all__ = [
     "LoRAEmbedding",
     "MergeConfig",
     "MergeReport",
+    "SingLoRA",
+    "SingLoRAConfig",
+    "VeRA",
+    "VeRAConfig",
     "activate",
     "active_adapters",
     "adapter_names",
     "adapters_of",
+    "advance_ramp",
     "delete_adapter",
     "disabled",
     "grouped_lora",
@@ -41,5 +48,7 @@ __all__ = [
     "merge_and_unload",
     "set_scale",
     "set_trainable",
+    "singlora_linear",
     "unmerge",
+    "vera_linear",
 ]
