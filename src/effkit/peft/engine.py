@@ -113,7 +113,7 @@ class TrainedBias(Adapter):
 class Adapted(nn.Module):
     """What a layer with adapters is besides its own class: its forward calls the adapters that are on.
 
-    rows, while `adapter_rows` holds, is (the place of each row's adapter or -1, the names of the adapters).
+    rows, while `adapter_rows` holds, is what it keeps here: which adapter each row of the batch has.
     """
 
     plain: ClassVar[type[nn.Module]]  # the class that the layer had
@@ -121,7 +121,7 @@ class Adapted(nn.Module):
     adapters: nn.ModuleDict
     weight: Tensor
     bias: Tensor | None
-    rows: tuple[Tensor, tuple[str, ...]] | None = None
+    rows: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
