@@ -176,6 +176,10 @@ def _grouped_lora_outer(
     tl.store(df_ptr + at, cast(acc, df_ptr.dtype.element_ty), mask=(c < C)[:, None] & (r < R)[None, :])
 
 
+_FEW = 16  # tokens of a row
+_LOW, _HIGH = 64, 128
+
+
 class Tile(NamedTuple):
     """Positions and channels of one program's step."""
 
@@ -185,26 +189,28 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (architecture, few tokens a row, bytes of an element) -> tile. With few tokens an adapter seldom has more than 16 of
-# them; with many, 64 are what a wgmma takes. float32 has no tensor cores: smaller tiles, or registers run out. None was
-# timed on a device.
+# (architecture, few tokens a row, rank up to, bytes of an element) -> tile. With few tokens an adapter seldom has more
+# than 16 of them; with many, 64 are what a wgmma takes. High ranks need the registers of more warps, float32, which has
+# no tensor cores, smaller tiles. None was timed on a device.
 _TILES = {
-    (arch, few, size): tile
+    (arch, few, rank, size): Tile(*steps, 4 if few or rank == _LOW else 8, stages)
     for arch in (80, 90, 100)
-    for few, size, tile in (
-        (True, 2, Tile(16, 128, 4, 3)),
-        (False, 2, Tile(64, 64, 4, 3)),
-        (True, 4, Tile(16, 64, 4, 2)),
-        (False, 4, Tile(32, 32, 4, 2)),
+    for rank in (_LOW, _HIGH)
+    for few, size, steps, stages in (
+        (True, 2, (16, 128), 3),
+        (False, 2, (64, 64), 3),
+        (True, 4, (16, 64), 2),
+        (False, 4, (32, 32), 2),
     )
 }
-_INTERPRETED = Tile(16, 64, 4, 1)  # several tiles at the sizes of tests
-_FEW = 16  # tokens of a row
+_INTERPRETED = Tile(32, 128, 4, 1)  # several tiles at the sizes of tests
 _PLANNED = 64  # rows of one program of the plan
 
 
-def _tile(x: Tensor) -> Tile:
-    return _INTERPRETED if INTERPRET else _TILES[architecture(x.device), x.shape[1] < _FEW, x.element_size()]
+def _tile(x: Tensor, R: int) -> Tile:
+    if INTERPRET:
+        return _INTERPRETED
+    return _TILES[architecture(x.device), x.shape[1] < _FEW, _LOW if R <= _LOW else _HIGH, x.element_size()]
 
 
 def _tiles(x: Tensor, E: int, BLOCK_N: int) -> int:
@@ -246,8 +252,8 @@ def _shrink(x: Tensor, factor: Tensor, scale: Tensor | None, plan: Tensor) -> Te
     """scale * x f of each row's adapter: x [B, T, C], factor [E, C, R] -> S [shares, B, T, R]."""
     s = _empty_s(x, factor, scale, plan)
     if s.numel():
-        x, tile = unit_stride(x), _tile(x)
         (B, T, C), (E, _, R) = x.shape, factor.shape
+        x, tile = unit_stride(x), _tile(x, R)
         with torch.cuda.device_of(x):
             _grouped_lora_shrink[_tiles(x, E, tile.BLOCK_N), len(s)](
                 x, factor, scale, plan, s, *x.stride()[:2], *factor.stride(), B, T, C, R, E, len(s),
@@ -258,7 +264,7 @@ def _shrink(x: Tensor, factor: Tensor, scale: Tensor | None, plan: Tensor) -> Te
 
 def _empty_s(x: Tensor, factor: Tensor, scale: Tensor | None, plan: Tensor) -> Tensor:
     (B, T, C), (E, _, R) = x.shape, factor.shape
-    tile = _tile(x)
+    tile = _tile(x, R)
     shares = _splits(_tiles(x, E, tile.BLOCK_N), triton.cdiv(C, tile.BLOCK_C), x.device)
     return x.new_empty(shares, B, T, R, dtype=x.dtype if shares == 1 else torch.float32)
 
@@ -272,7 +278,7 @@ def _expand(
         return y.zero_() if base is None else y.copy_(base)
     if y.numel():
         base = None if base is None else unit_stride(base)
-        (B, T, C), (E, _, R), tile = y.shape, factor.shape, _tile(y)
+        (B, T, C), (E, _, R), tile = y.shape, factor.shape, _tile(y, s.shape[-1])
         with torch.cuda.device_of(y):
             _grouped_lora_expand[(_tiles(y, E, tile.BLOCK_N) * triton.cdiv(C, tile.BLOCK_C),)](
                 base, s, factor, scale, plan, y,
@@ -292,8 +298,8 @@ def _outer(x: Tensor, s: Tensor, scale: Tensor | None, plan: Tensor, factor: Ten
     """The sum of scale * x^T S over an adapter's rows, laid out and rounded as the factor [E, C, R]."""
     gradient = _empty_gradient(x, s, scale, plan, factor)
     if gradient.numel():
-        x, tile = unit_stride(x), _tile(x)
         (B, T, C), (E, _, R) = x.shape, factor.shape
+        x, tile = unit_stride(x), _tile(x, R)
         programs = E * triton.cdiv(C, tile.BLOCK_C)
         splits = _splits(programs, triton.cdiv(B * T, tile.BLOCK_N), x.device)
         sums = gradient if splits == 1 else x.new_empty(splits, E, C, R, dtype=torch.float32)
@@ -410,7 +416,7 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _spec(arch: int, build: _Build, kernel: Any) -> AotSpec:
-    tile = _TILES[arch, build.few, 4 if build.x == "fp32" else 2]
+    tile = _TILES[arch, build.few, _LOW if build.R <= _LOW else _HIGH, 4 if build.x == "fp32" else 2]
     shrinks = kernel is _grouped_lora_shrink
     shares = "fp32" if build.splits > 1 else build.x
     types = dict.fromkeys(kernel.arg_names, "i32") | {

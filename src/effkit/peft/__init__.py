@@ -12,7 +12,7 @@ from effkit.peft.engine import (
     set_scale,
     set_trainable,
 )
-from effkit.peft.grouped import grouped_lora
+from effkit.peft.grouped import adapter_rows, grouped_lora
 from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
@@ -35,6 +35,7 @@ __all__ = [
     "activate",
     "active_adapters",
     "adapter_names",
+    "adapter_rows",
     "adapters_of",
     "advance_ramp",
     "delete_adapter",

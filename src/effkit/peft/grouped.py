@@ -16,15 +16,19 @@ that of the same row in another batch, as in any product of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effkit.attention._recurrent import may_read
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import FLOATS, INTEGERS
+from effkit.peft.engine import Adapter, adapted_layers, adapters_of, refuse_merged
 from effkit.quant.nf4_linear import as_autocast
 
 
@@ -83,6 +87,126 @@ def grouped_lora(
         raise ValueError(f"grouped_lora: rows is {rows.tolist()}, expected -1 to {sizes['E'] - 1}, with E={sizes['E']}")
     x = as_autocast(x)
     return GROUPED_LORA.run(backend, base=base.to(x.dtype), x=x, rows=rows, a=a, b=b, scale=scale)
+
+
+@contextmanager
+def adapter_rows(
+    model: nn.Module, rows: Sequence[str | None] | Tensor, names: Sequence[str] = ()
+) -> Iterator[nn.Module]:
+    """Within the block each row of the batch has an adapter of its own, in training and generation too.
+
+    rows    the name of each row's adapter, None for the model without any; or int32 or int64 [B], with names: each
+            row's place in names, -1 for none
+    names   with a tensor of rows: the adapters that it counts
+
+    All layers must get the batch along their first axis. Adapters may differ in rank and in which layers they have.
+    They need factors: LoRA, VeRA and SingLoRA in linear layers have them, DoRA, (IA)^3, embeddings, trained biases and
+    copies of modules have not. Which adapters are on does not matter, and is as before afterwards. With activation
+    checkpointing the backward pass belongs into the block, too.
+
+    Raises ValueError or TypeError for rows, names and adapters that do not fit. While it lasts, a layer raises
+    ValueError for another number of rows, and where an adapter in training mode has dropout.
+    """
+    refuse_merged(model, "adapter_rows")
+    rows, names = _as_tensor(rows, names)
+    layers = adapted_layers(model)
+    used = [adapter for name in names for adapter in adapters_of(model, name).values()]
+    for path, layer in layers.items():
+        for name in names:
+            if name in layer.adapters:
+                _check_adapter(path, name, layer.adapters[name])
+    switches = [(adapter, adapter.on) for adapter in used]
+    before = {path: layer.rows for path, layer in layers.items()}
+    for adapter in used:
+        adapter.switch(True)
+    for layer in layers.values():
+        layer.rows = _Rows.of(layer, rows, names)
+    try:
+        yield model
+    finally:
+        for path, layer in layers.items():
+            layer.rows = before[path]
+        for adapter, on in switches:
+            adapter.switch(on)
+
+
+class _Rows(NamedTuple):
+    """What a layer knows of the rows: the place of each one's adapter among the layer's own, their names, and their
+    factors in one tensor each, kept as long as they do not change."""
+
+    rows: Tensor
+    names: tuple[str, ...]
+    kept: dict[str, Any]
+
+    @staticmethod
+    def of(layer: Any, rows: Tensor, names: Sequence[str]) -> _Rows:
+        """Those of one layer; a row whose adapter the layer lacks has none in it."""
+        own = [name for name in names if name in layer.adapters]
+        places = [own.index(name) if name in own else -1 for name in names]
+        device = layer.adapters[own[0]].gate.device if own else rows.device
+        return _Rows(torch.tensor([*places, -1])[rows.long()].to(device), tuple(own), {})
+
+
+def forward_rows(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an adapted layer within `adapter_rows`."""
+    y = layer.base(*args, **kwargs)
+    rows, names, kept = layer.rows
+    if not names:
+        return y
+    (x,), adapters = args, [layer.adapters[name] for name in names]
+    if x.shape[0] != len(rows):
+        raise ValueError(f"adapter_rows: a layer got x {list(x.shape)}, expected a first axis of {len(rows)} rows")
+    for adapter in adapters:
+        if adapter.training and getattr(adapter, "dropout", 0):
+            raise ValueError(
+                f"adapter_rows: adapter {adapter.config.name!r} has dropout {adapter.dropout:g}, which rows of several "
+                "adapters do not have; choices: model.eval(), or an adapter without dropout"
+            )
+    tokens = math.prod(x.shape[1:-1])
+    a, b, scale = _stacked(adapters, as_autocast(x).dtype, kept)
+    base = y.reshape(len(rows), tokens, y.shape[-1])
+    return grouped_lora(base, x.reshape(len(rows), tokens, x.shape[-1]), rows, a, b, scale).view(y.shape)
+
+
+def _stacked(adapters: list[Adapter], dtype: torch.dtype, kept: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors [E, R, K] and [E, M, R], lower ranks padded with zeros, and scales; made once if nothing is trained."""
+    once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    source = [tensor for adapter in adapters for tensor in (adapter.gate, *adapter.parameters())] if once else []
+    stamp = [dtype, *((id(x), x.data_ptr(), None if x.is_inference() else x._version) for x in source)]
+    if once and kept.get("stamp") == stamp:
+        return kept["stacked"]
+    factors = [adapter.factors() for adapter in adapters]
+    rank = max(len(a) for a, _, _ in factors)
+    a = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a, _, _ in factors])
+    b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b, _ in factors])
+    scale = torch.stack([scale for _, _, scale in factors])
+    if once:
+        a, b = a.to(dtype), b.to(dtype)
+        kept |= {"stamp": stamp, "source": source, "stacked": (a, b, scale)}  # while held, an id is nobody else's
+    return a, b, scale
+
+
+def _as_tensor(rows: Sequence[str | None] | Tensor, names: Sequence[str]) -> tuple[Tensor, Sequence[str]]:
+    """Rows as places in names."""
+    if not isinstance(rows, Tensor):
+        if names:
+            raise ValueError(f"adapter_rows: names is {list(names)}, expected none where rows are names themselves")
+        names = list(dict.fromkeys(name for name in rows if name is not None))
+        return torch.tensor([-1 if name is None else names.index(name) for name in rows], dtype=torch.int64), names
+    if rows.dtype not in INTEGERS or rows.ndim != 1:
+        raise TypeError(f"adapter_rows: rows is {rows.dtype} {list(rows.shape)}, expected names, or int32 or int64 [B]")
+    if len(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < len(names):
+        raise ValueError(f"adapter_rows: rows is {rows.tolist()}, expected -1 to {len(names) - 1}, places in {names}")
+    return rows.cpu(), names
+
+
+def _check_adapter(path: str, name: str, adapter: Adapter) -> None:
+    if adapter.bias is not None or getattr(adapter, "lora_bias", None) is not None:
+        raise TypeError(f"adapter_rows: adapter {name!r} has a bias in {path}, where rows can have factors only")
+    try:
+        adapter.factors()
+    except TypeError as error:
+        raise TypeError(f"adapter_rows: adapter {name!r} in {path}: {error}") from None
 
 
 def _gathered(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -234,13 +358,13 @@ _CASES = (
     _case("unsorted, many tokens", (2, 0, -1, 2, 1), 19, 33, 29, 5, 3),
     _case("most without rows", (4, 1, 4), 21, 16, 24, 4, 7),
     _case("decoding", _ZIPF, 1, 65, 67, 8, 6),
-    _case("decoding, deep", (1, 0), 1, 1041, 1063, 8, 2),
+    _case("decoding, deep", (1, 0), 1, 530, 270, 8, 2),
     _case("Zipf", _ZIPF, 5, 31, 37, 4, 6),
     _case("neighbours", (1, 1, -1, 0, 0), 33, 40, 24, 16, 2),
     _case("full tiles", (1, 0), 64, 64, 64, 16, 2),
     _case("one past a tile", (1, 0), 65, 65, 129, 17, 2),
-    _case("deep", (0, 1), 130, 300, 70, 8, 2),
-    _case("rank 128", (1, 0, 1), 18, 48, 40, 128, 2),
+    _case("deep", (0, 1), 70, 300, 70, 8, 2),
+    _case("rank 128", (1, 0), 18, 48, 40, 128, 2),
     _case("transposed", (1, 0, -1), 18, 33, 20, 6, 2, layout="transposed"),
     _case("strided", (1, 0, -1), 6, 33, 20, 6, 2, layout="strided"),
     _case("large scales", (1, 0), 16, 32, 32, 4, 2, gain={"scale": 20.0}),
