@@ -512,6 +512,58 @@ def bitsandbytes_repacked_linear_4bit(
     return resolve("bitsandbytes:matmul_4bit")(x, packed, state, bias=bias)
 
 
+def _no_peft(weight: Tensor | None = None, **arguments: Any) -> str | None:
+    """Reason against peft's layer around a dense one."""
+    if weight is None:
+        return "wraps a dense layer, here is its result"
+    return None if importlib.util.find_spec("peft") else "peft is not installed"
+
+
+@rival(_no_peft)
+def peft_lora_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """peft's layer, made once, with the factors in their own dtype; its masks are other ones."""
+    return _peft_lora_layer(a, b, scale, weight, bias, dropout)(x)
+
+
+@functools.lru_cache(maxsize=1)
+def _peft_lora_layer(
+    a: Tensor, b: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, dropout: float
+) -> nn.Module:
+    """The layer that peft puts in the place of a dense one. It holds the tensors themselves, which may want gradients."""
+    config = resolve("peft:LoraConfig")(r=len(a), lora_dropout=dropout, target_modules=["0"])
+    layer: Any = resolve("peft:inject_adapter_in_model")(config, nn.Sequential(_dense_layer(weight, bias)))[0]
+    layer.scaling["default"] = float(scale)
+    for factor, value in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
+        del factor.weight
+        factor.weight = value
+    return layer.train()
+
+
+def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """nn.Linear with this frozen weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+@rival(lambda weight=None, **_: None if weight is not None else "there is no dense layer")
+def linear_without_adapter(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """The frozen layer alone: no adapter is faster."""
+    return F.linear(x, weight, bias)
+
+
 @rival(lambda **_: None)
 def dense_linear_of_4bit(
     x: Tensor,
@@ -611,6 +663,22 @@ def dense_linear_of_fp8(
 ) -> Tensor:
     """A dense layer with the dequantised weight: two or four times the bytes, nothing to decode."""
     return F.linear(x, _dense_of_fp8(weight, weight_scale, format, x.dtype), bias)
+
+
+@rival(lambda **arguments: None)
+def loop_of_adapters(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """As peft does: one adapter after the other, each for a copy of its rows."""
+    y = base.clone()
+    for e, places in _rows_of_adapters(rows).items():
+        y[places] += (x[places] @ a[e].T @ b[e].T * scale[e]).to(y.dtype)
+    return y
+
+
+@functools.lru_cache(maxsize=1)
+def _rows_of_adapters(rows: Tensor) -> dict[int, Tensor]:
+    """The rows of each adapter, which peft knows from a list of names."""
+    present = rows[rows >= 0].unique().tolist()
+    return {e: (rows == e).nonzero()[:, 0] for e in present}
 
 
 @functools.lru_cache(maxsize=2)

@@ -396,5 +396,6 @@ GROUPED_LORA = register(
         flops=_flops,
         traffic=_traffic,
         draw={"scale": _float32},
+        rivals={"loop of adapters": "effkit.rivals:loop_of_adapters"},
     )
 )
