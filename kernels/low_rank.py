@@ -156,7 +156,7 @@ class Tile(NamedTuple):
 _RANKS = (16, 32, 64, 128)
 TILES = {
     _lora_down: {
-        (16, 2): Tile(64, 128, 4, 4), (32, 2): Tile(64, 128, 4, 4), (64, 2): Tile(64, 64, 4, 4),
+        (16, 2): Tile(64, 64, 4, 4), (32, 2): Tile(64, 64, 4, 4), (64, 2): Tile(64, 64, 4, 4),
         (128, 2): Tile(64, 64, 4, 3), (16, 4): Tile(32, 64, 4, 3), (32, 4): Tile(32, 32, 4, 3),
         (64, 4): Tile(32, 32, 4, 2), (128, 4): Tile(32, 16, 4, 2),
     },
@@ -172,7 +172,7 @@ TILES = {
     _lora_masked: {
         (16, 2): Tile(64, 64, 4, 1), (32, 2): Tile(64, 64, 4, 1), (64, 2): Tile(64, 64, 4, 1),
         (128, 2): Tile(64, 64, 4, 1), (16, 4): Tile(32, 64, 4, 1), (32, 4): Tile(32, 64, 4, 1),
-        (64, 4): Tile(32, 32, 4, 1), (128, 4): Tile(32, 32, 4, 1),
+        (64, 4): Tile(32, 32, 4, 1), (128, 4): Tile(16, 32, 4, 1),
     },
 }  # fmt: skip
 _INTERPRETED = Tile(64, 32, 4, 1)  # several rows and columns of tiles at the sizes of tests
@@ -413,4 +413,5 @@ def _spec(kernel: Any, arch: int, dtype: str, rank: int, drops: bool) -> AotSpec
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         arch=arch,
+        needs=("wgmma",) if arch == 90 and dtype == "bf16" else (),
     )

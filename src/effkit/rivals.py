@@ -539,7 +539,7 @@ def peft_lora_linear(
 def _peft_lora_layer(
     a: Tensor, b: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, dropout: float
 ) -> nn.Module:
-    """The layer that peft puts in the place of a dense one. It holds the tensors themselves, which may want gradients."""
+    """The layer that peft puts in the place of a dense one. It holds the tensors themselves, which want gradients."""
     config = resolve("peft:LoraConfig")(r=len(a), lora_dropout=dropout, target_modules=["0"])
     layer: Any = resolve("peft:inject_adapter_in_model")(config, nn.Sequential(_dense_layer(weight, bias)))[0]
     layer.scaling["default"] = float(scale)

@@ -304,6 +304,8 @@ def _case(tokens: tuple[int, ...], K: int, M: int, R: int, *given: str, name: st
     """A case with a dense base unless given says base; dropout brings its seed."""
     given = given if "base" in given else ("weight", *given)
     options = {"dropout": rest.pop("dropout")} if "dropout" in rest else {}
+    if rest.pop("master", False):  # factors in float32 whatever x is
+        rest["draw"] = {"a": Tensor.float, "b": Tensor.float}
     given = (*given, "seed") if options else given
     name = name or f"{' x '.join(map(str, (*tokens, K, M)))}, rank {R}"
     return Case(name, {"*N": tokens, "K": K, "M": M, "R": R}, options, given=given, **rest)
@@ -326,21 +328,22 @@ _CASES = (
     _case((3, 5), 64, 33, 4, "bias", dropout=0.2, layout="transposed", name="transposed"),
     _case((19,), 40, 24, 6, "base", dropout=0.2, layout="strided", name="strided"),
     _case((300,), 24, 20, 4, dropout=0.1, name="many tokens, dropout"),
+    _case((33,), 72, 40, 8, "bias", dropout=0.1, master=True, name="master copies, dropout"),
     _case((17,), 96, 32, 8, "bias", gain={"x": 100.0}, name="large values"),
     _case((17,), 96, 32, 8, "bias", gain={"b": 0.0}, dropout=0.1, name="where training starts"),
     _case((2048,), 4096, 4096, 16, large=True, name="a layer"),
     _case((2049,), 4096, 11008, 64, "bias", dropout=0.1, large=True, name="a layer, dropout"),
 )
 _BENCH = (
-    _case((512,), 1024, 1024, 16),
-    _case((512,), 1024, 1024, 16, dropout=0.1, name="512 x 1024 x 1024, rank 16, dropout"),
-    _case((2048,), 1024, 1024, 16),
-    _case((2048,), 1024, 1024, 16, dropout=0.1, name="2048 x 1024 x 1024, rank 16, dropout"),
-    _case((512,), 2048, 2048, 16),
-    _case((512,), 4096, 4096, 16, large=True),
-    _case((4096,), 4096, 4096, 16, large=True),
-    _case((4096,), 4096, 4096, 16, dropout=0.1, large=True, name="4096 x 4096 x 4096, rank 16, dropout"),
-    _case((16384,), 4096, 4096, 16, large=True),
+    _case((512,), 1024, 1024, 16, master=True),
+    _case((512,), 1024, 1024, 16, master=True, dropout=0.1, name="512 x 1024 x 1024, rank 16, dropout"),
+    _case((2048,), 1024, 1024, 16, master=True),
+    _case((2048,), 1024, 1024, 16, master=True, dropout=0.1, name="2048 x 1024 x 1024, rank 16, dropout"),
+    _case((512,), 2048, 2048, 16, master=True),
+    _case((512,), 4096, 4096, 16, master=True, large=True),
+    _case((4096,), 4096, 4096, 16, master=True, large=True),
+    _case((4096,), 4096, 4096, 16, master=True, dropout=0.1, large=True, name="4096 x 4096 x 4096, rank 16, dropout"),
+    _case((16384,), 4096, 4096, 16, master=True, large=True),
 )
 
 LORA_LINEAR = register(
@@ -358,9 +361,9 @@ LORA_LINEAR = register(
         supports=_supports,
         cases=_CASES,
         bench=_BENCH,
-        rivals={"peft": "effkit.rivals:peft_lora_linear", "dense": "effkit.rivals:dense_linear_without_adapter"},
-        draw={"seed": any_seed},
-        grads=("x", "a", "b", "weight", "bias", "base"),
+        rivals={"peft": "effkit.rivals:peft_lora_linear", "dense": "effkit.rivals:linear_without_adapter"},
+        draw={"seed": any_seed, "scale": Tensor.float},
+        grads=("x", "a", "b", "base"),  # W is frozen
         flops=_flops,
         traffic=_traffic,
     )
