@@ -268,7 +268,7 @@ def new_seed(x: Tensor) -> Tensor:
 
 def generator_of(seed: int, path: str) -> torch.Generator:
     """A generator for the layer with this name: its values do not depend on which other layers there are."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(path.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{path}".encode()))  # 32 bits are all that it takes
 
 
 def _draw(parameter: Tensor, fill: Any) -> None:
