@@ -12,6 +12,7 @@ from effkit.peft.engine import (
     set_scale,
     set_trainable,
 )
+from effkit.peft.files import load_adapter, save_adapter
 from effkit.peft.grouped import adapter_rows, grouped_lora
 from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
@@ -42,11 +43,13 @@ __all__ = [
     "disabled",
     "grouped_lora",
     "is_merged",
+    "load_adapter",
     "lora_linear",
     "lora_plus_optimizer",
     "lora_plus_param_groups",
     "merge",
     "merge_and_unload",
+    "save_adapter",
     "set_scale",
     "set_trainable",
     "singlora_linear",

@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from effkit.change import ChangeConfig, Edit, set_module
 from effkit.ops import resolve
 from effkit.peft.matching import USUAL_TARGETS, find_saved, find_targets, is_conv1d, is_conv1d_class, own_modules
+from effkit.peft.projections import Siblings, link
 
 BIASES = ("none", "all", "lora_only")
 
@@ -47,6 +49,7 @@ class Adapter(nn.Module):
     additive: ClassVar[bool] = True  # others cannot share a layer with another adapter that is on
     gated: ClassVar[bool] = True  # whether forward obeys gate; others are chosen in Python and compiled for that
     frozen: tuple[str, ...] = ()  # names of its parameters that are never trained
+    kept: Mapping[str, Any] = MappingProxyType({})  # what else the file said that it was read from
     config: AdapterConfig
     gate: Tensor
 
@@ -74,6 +77,10 @@ class Adapter(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} has no factors: it does not add a product of two matrices")
+
+    def plain_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """factors() where they are all that this adapter is in a pass as of now: no dropout, no bias; else None."""
+        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Moves everything, but casts no number such as the gate: it is as exact as it is small."""
@@ -122,16 +129,21 @@ class Adapted(nn.Module):
     weight: Tensor
     bias: Tensor | None
     rows: Any = None
+    siblings: Siblings | None = None  # the layers that share their input, see projections.py
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
             return resolve("effkit.peft.grouped:forward_rows")(self, *args, **kwargs)
+        if not torch.compiler.is_compiling() and self.siblings is not None:
+            y = self.siblings.result(self, *args, **kwargs)
+            if y is not None:
+                return y
         used = self.used()
         if not used:
             return self.base(*args, **kwargs)
         if isinstance(used[0], TrainedCopy):
             return used[0](self, *args, **kwargs)
-        y: Any = None
+        y = None
         for adapter in used:
             y = adapter(self, *args, y)
         for adapter in used:
@@ -264,6 +276,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, data: Iterable[Any] | N
     for path, adapter in made.items():
         adapter.config = config
         _adapt(model.get_submodule(path), name, adapter.train(model.training))
+    link(model, list(adapted_layers(model).values()))
     activate(model, name)
     set_trainable(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -406,7 +419,9 @@ def take_out(model: nn.Module, name: str) -> None:
             del layer.adapters[name]
         if not layer.adapters:
             del layer.adapters
+            layer.__dict__.pop("siblings", None)
             layer.__class__ = layer.plain
+    link(model, list(adapted_layers(model).values()))
 
 
 def _adapt(layer: Any, name: str, adapter: Adapter) -> None:

@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,11 @@ class LoRA(Scaled):
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.lora_A, self.lora_B, self.gain
 
+    def plain_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        drops = self.dropout > 0 and self.training
+        plain = type(self) is LoRA and not drops and self.lora_bias is None and self.bias is None
+        return self.factors() if plain else None
+
     def extra_repr(self) -> str:
         rank, inputs = self.lora_A.shape
         return f"{inputs}, {self.lora_B.shape[0]}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -215,6 +220,7 @@ class LoRAConfig(AdapterConfig):
     update_bias: bool = False
     init: str = "default"
     seed: int = 0
+    linear_adapter: ClassVar[type[LoRA]] = LoRA
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,11 +237,14 @@ class LoRAConfig(AdapterConfig):
         """The rank of the layer with this name."""
         return first_match(self.rank_pattern, path, self.rank)
 
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the layer with this name."""
+        return first_match(self.alpha_pattern, path, self.rank_of(path) if self.alpha is None else self.alpha)
+
     def scale_of(self, path: str) -> float:
         """What the product of the layer with this name is multiplied by."""
         rank = self.rank_of(path)
-        alpha = first_match(self.alpha_pattern, path, rank if self.alpha is None else self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank) if rank else 0.0
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank) if rank else 0.0
 
     def adapter(self, path: str, layer: nn.Module, shared: Any) -> Adapter:
         embedding = isinstance(layer, nn.Embedding)
@@ -252,7 +261,7 @@ class LoRAConfig(AdapterConfig):
             raise ValueError(f"{type(self).__name__}: update_bias is True, but {path} is an embedding")
         if embedding:
             return LoRAEmbedding(*sizes, **common)
-        return LoRA(
+        return self.linear_adapter(
             *sizes,
             dropout=self.dropout,
             update_bias=self.update_bias,
