@@ -16,6 +16,7 @@ from effkit.kernels._common import INTERPRET, AotSpec, cast, dot, multiprocessor
 from effkit.kernels._dropout import dropped, row_keys
 from effkit.peft._dropout import drop_below, keep_probability
 from effkit.peft.low_rank import added, batched_pair, gradients, keep_for_backward, rows_of, up_gradients
+from effkit.peft.singlora import views
 
 
 @triton.jit
@@ -364,6 +365,21 @@ def lora_linear(
     """The kernels behind effkit.peft.lora_linear, which documents and has checked the arguments."""
     y, _ = _LoRALinear.apply(x, a, b, scale, weight, bias, base, seed if dropout else None, dropout)
     return y
+
+
+def singlora_linear(
+    x: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same with two views of one matrix: behind effkit.peft.singlora_linear."""
+    return lora_linear(x, *views(x, factor, weight, base), scale, weight, bias, base, seed, dropout=dropout)
 
 
 def aot_specs() -> list[AotSpec]:

@@ -549,6 +549,57 @@ def _peft_lora_layer(
     return layer.train()
 
 
+@rival(_no_peft)
+def peft_vera_linear(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> Tensor:
+    """peft's VeRA layer, made once, with the vectors and projections in their own dtypes."""
+    return _peft_vera_layer(a, b, lambda_d, lambda_b, weight, bias, dropout)(x)
+
+
+@functools.lru_cache(maxsize=1)
+def _peft_vera_layer(
+    a: Tensor, b: Tensor, lambda_d: Tensor, lambda_b: Tensor, weight: Tensor, bias: Tensor | None, dropout: float
+) -> nn.Module:
+    """The layer that peft puts in the place of a dense one. It holds the tensors themselves, which want gradients."""
+    config = resolve("peft:VeraConfig")(r=len(a), vera_dropout=dropout, target_modules=["0"])
+    layer: Any = resolve("peft:get_peft_model")(nn.Sequential(_dense_layer(weight, bias)), config).base_model.model[0]
+    layer.vera_A["default"], layer.vera_B["default"] = a, b
+    for vectors, value in ((layer.vera_lambda_d, lambda_d), (layer.vera_lambda_b, lambda_b)):
+        del vectors.default  # the parameter: the key stays
+        vectors.default = value
+    return layer.train()
+
+
+def _no_changed_weight(weight: Tensor | None = None, dropout: float = 0.0, **arguments: Any) -> str | None:
+    """Reason against a product with W + dW."""
+    if weight is None:
+        return "changes the weight of a dense layer, here is its result"
+    return "drops no inputs of the change alone" if dropout else None
+
+
+@rival(_no_changed_weight)
+def materialized_singlora(
+    x: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """As published: the changed weight is made in every pass, and autograd differentiates through it."""
+    M, K = weight.shape
+    return F.linear(x, weight + (scale * (factor[:M] @ factor[:K].T)).to(x.dtype), bias)
+
+
 def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """nn.Linear with this frozen weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

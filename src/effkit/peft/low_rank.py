@@ -271,7 +271,8 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _supports(x: Tensor, a: Tensor, **arguments: Any) -> str | None:
+def supports(x: Tensor, a: Tensor, **arguments: Any) -> str | None:
+    """Why the kernels cannot run, or None."""
     if x.dtype == torch.float64:
         return "x has dtype torch.float64, the kernel computes in float32"
     return f"the kernels hold ranks up to {MAX_RANK}, a has {len(a)}" if len(a) > MAX_RANK else None
@@ -358,7 +359,7 @@ LORA_LINEAR = register(
         reference=lora_linear_reference,
         torch=lora_linear_torch,
         triton="effkit.kernels.low_rank:lora_linear",
-        supports=_supports,
+        supports=supports,
         cases=_CASES,
         bench=_BENCH,
         rivals={"peft": "effkit.rivals:peft_lora_linear", "dense": "effkit.rivals:linear_without_adapter"},

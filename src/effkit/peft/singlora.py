@@ -32,7 +32,7 @@ from effkit.peft._arguments import checked
 from effkit.peft._dropout import dropped_reference
 from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.peft.lora import generator_of, new_seed
-from effkit.peft.low_rank import any_seed, base_of, lora_linear_torch
+from effkit.peft.low_rank import any_seed, base_of, lora_linear_torch, supports
 
 
 def singlora_linear_reference(
@@ -65,7 +65,7 @@ def singlora_linear_torch(
     dropout: float = 0.0,
 ) -> Tensor:
     """LoRA with two views of one matrix, to which the gradients of both add up."""
-    a, b = _views(x, factor, weight, base)
+    a, b = views(x, factor, weight, base)
     return lora_linear_torch(x, a, b, scale, weight, bias, base, seed, dropout=dropout)
 
 
@@ -298,7 +298,7 @@ def _sides(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int, 
     return x.shape[-1], len(weight) if weight is not None else base.shape[-1]  # type: ignore[union-attr]
 
 
-def _views(x: Tensor, factor: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[Tensor, Tensor]:
+def views(x: Tensor, factor: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[Tensor, Tensor]:
     """What LoRA calls A [R, K] and B [M, R]."""
     K, M = _sides(x, weight, base)
     return factor[:K].T, factor[:M]
@@ -354,6 +354,8 @@ SINGLORA_LINEAR = register(
         function=singlora_linear,
         reference=singlora_linear_reference,
         torch=singlora_linear_torch,
+        triton="effkit.kernels.low_rank:singlora_linear",
+        supports=lambda x, factor, **others: supports(x, factor.T),
         cases=_CASES,
         bench=_BENCH,
         grads=("x", "factor", "weight", "bias", "base"),

@@ -512,6 +512,6 @@ VERA_LINEAR = register(
         flops=_flops,
         traffic=_traffic,
         draw={"seed": any_seed, "gate": torch.Tensor.float},
-        rivals={"peft": "effkit.rivals:peft_vera"},
+        rivals={"peft": "effkit.rivals:peft_vera_linear"},
     )
 )
