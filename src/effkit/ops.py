@@ -158,8 +158,7 @@ class Op:
     def run(self, backend: str | None, **arguments: Any) -> Any:
         """Calls the chosen backend. The last line of every public function."""
         choice = self.choose(backend, arguments)
-        if _trace is not None:
-            _trace.append(choice)
+        record(choice)
         return self.implementation(choice.backend)(**arguments)
 
 
@@ -193,6 +192,17 @@ def get_op(name: str) -> Op:
     if name not in ops:
         raise ValueError(f"no op named {name!r}, choices: {', '.join(ops)}")
     return ops[name]
+
+
+def asked_for() -> str | None:
+    """The backend that all ops are to take where a call names none: by `use_backend` or the environment."""
+    return _forced
+
+
+def record(choice: Choice) -> None:
+    """Tells a waiting `explain` of a choice."""
+    if _trace is not None:
+        _trace.append(choice)
 
 
 @contextmanager

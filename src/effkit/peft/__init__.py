@@ -18,6 +18,7 @@ from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
 from effkit.peft.merging import MergeConfig, MergeReport, is_merged, merge, merge_and_unload, unmerge
+from effkit.peft.projections import lora_projections
 from effkit.peft.singlora import SingLoRA, SingLoRAConfig, advance_ramp, singlora_linear
 from effkit.peft.vera import VeRA, VeRAConfig, vera_linear
 
@@ -47,6 +48,7 @@ __all__ = [
     "lora_linear",
     "lora_plus_optimizer",
     "lora_plus_param_groups",
+    "lora_projections",
     "merge",
     "merge_and_unload",
     "save_adapter",

@@ -135,15 +135,15 @@ class Adapted(nn.Module):
         if self.rows is not None:
             return resolve("effkit.peft.grouped:forward_rows")(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and self.siblings is not None:
-            y = self.siblings.result(self, *args, **kwargs)
-            if y is not None:
-                return y
+            shared = self.siblings.result(self, *args, **kwargs)
+            if shared is not None:
+                return shared
         used = self.used()
         if not used:
             return self.base(*args, **kwargs)
         if isinstance(used[0], TrainedCopy):
             return used[0](self, *args, **kwargs)
-        y = None
+        y: Any = None
         for adapter in used:
             y = adapter(self, *args, y)
         for adapter in used:
