@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from effkit.change import ChangeConfig, Edit, set_module
-from effkit.ops import resolve
 from effkit.peft.matching import USUAL_TARGETS, find_saved, find_targets, is_conv1d, is_conv1d_class, own_modules
 from effkit.peft.projections import Siblings, link
 
@@ -120,7 +119,7 @@ class TrainedBias(Adapter):
 class Adapted(nn.Module):
     """What a layer with adapters is besides its own class: its forward calls the adapters that are on.
 
-    rows, while `adapter_rows` holds, is what it keeps here: which adapter each row of the batch has.
+    rows, while `adapter_rows` holds, takes the place of forward: it knows which adapter each row of the batch has.
     """
 
     plain: ClassVar[type[nn.Module]]  # the class that the layer had
@@ -128,12 +127,12 @@ class Adapted(nn.Module):
     adapters: nn.ModuleDict
     weight: Tensor
     bias: Tensor | None
-    rows: Any = None
+    rows: Callable[..., Any] | None = None
     siblings: Siblings | None = None  # the layers that share their input, see projections.py
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is not None:
-            return resolve("effkit.peft.grouped:forward_rows")(self, *args, **kwargs)
+            return self.rows(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and self.siblings is not None:
             shared = self.siblings.result(self, *args, **kwargs)
             if shared is not None:

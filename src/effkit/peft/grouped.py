@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def adapter_rows(
     for adapter in used:
         adapter.switch(True)
     for layer in layers.values():
-        layer.rows = _Rows.of(layer, rows, names)
+        layer.rows = _Rows(layer, rows, names)
     try:
         yield model
     finally:
@@ -130,42 +130,30 @@ def adapter_rows(
             adapter.switch(on)
 
 
-class _Rows(NamedTuple):
-    """What a layer knows of the rows: the place of each one's adapter among the layer's own, their names, and their
-    factors in one tensor each, kept as long as they do not change."""
+class _Rows:
+    """The forward of a layer whose rows differ in their adapters.
 
-    rows: Tensor
-    names: tuple[str, ...]
-    kept: dict[str, Any]
+    rows has the place of each row's adapter in names, -1 where it has none or the layer lacks it; kept are the factors
+    of all in one tensor each, as long as they do not change.
+    """
 
-    @staticmethod
-    def of(layer: Any, rows: Tensor, names: Sequence[str]) -> _Rows:
-        """Those of one layer; a row whose adapter the layer lacks has none in it."""
-        own = [name for name in names if name in layer.adapters]
-        places = [own.index(name) if name in own else -1 for name in names]
-        device = layer.adapters[own[0]].gate.device if own else rows.device
-        return _Rows(torch.tensor([*places, -1])[rows.long()].to(device), tuple(own), {})
+    def __init__(self, layer: Any, rows: Tensor, names: Sequence[str]) -> None:
+        self.names = [name for name in names if name in layer.adapters]
+        places = [self.names.index(name) if name in self.names else -1 for name in (*names, None)]
+        device = layer.adapters[self.names[0]].gate.device if self.names else rows.device
+        self.rows = torch.tensor(places)[rows.long()].to(device)
+        self.kept: dict[str, Any] = {}
 
-
-def forward_rows(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an adapted layer within `adapter_rows`."""
-    y = layer.base(*args, **kwargs)
-    rows, names, kept = layer.rows
-    if not names:
-        return y
-    (x,), adapters = args, [layer.adapters[name] for name in names]
-    if x.shape[0] != len(rows):
-        raise ValueError(f"adapter_rows: a layer got x {list(x.shape)}, expected a first axis of {len(rows)} rows")
-    for adapter in adapters:
-        if adapter.training and getattr(adapter, "dropout", 0):
-            raise ValueError(
-                f"adapter_rows: adapter {adapter.config.name!r} has dropout {adapter.dropout:g}, which rows of several "
-                "adapters do not have; choices: model.eval(), or an adapter without dropout"
-            )
-    tokens = math.prod(x.shape[1:-1])
-    a, b, scale = _stacked(adapters, as_autocast(x).dtype, kept)
-    base = y.reshape(len(rows), tokens, y.shape[-1])
-    return grouped_lora(base, x.reshape(len(rows), tokens, x.shape[-1]), rows, a, b, scale).view(y.shape)
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        y = layer.base(*args, **kwargs)
+        if not self.names:
+            return y
+        (x,), rows, adapters = args, self.rows, [layer.adapters[name] for name in self.names]
+        _check_pass(adapters, x, len(rows))
+        tokens = math.prod(x.shape[1:-1])
+        base, x = (t.reshape(len(rows), tokens, t.shape[-1]) for t in (y, x))
+        a, b, scale = _stacked(adapters, as_autocast(x).dtype, self.kept)
+        return grouped_lora(base, x, rows, a, b, scale).view(y.shape)
 
 
 def _stacked(adapters: list[Adapter], dtype: torch.dtype, kept: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,6 +195,19 @@ def _check_adapter(path: str, name: str, adapter: Adapter) -> None:
         adapter.factors()
     except TypeError as error:
         raise TypeError(f"adapter_rows: adapter {name!r} in {path}: {error}") from None
+
+
+def _check_pass(adapters: list[Adapter], x: Tensor, B: int) -> None:
+    """What may change from one forward pass to the next."""
+    if x.shape[0] != B:
+        raise ValueError(f"adapter_rows: a layer got x {list(x.shape)}, expected a first axis of {B} rows")
+    for adapter in adapters:
+        dropout: Any = getattr(adapter, "dropout", 0.0)
+        if adapter.training and dropout:
+            raise ValueError(
+                f"adapter_rows: adapter {adapter.config.name!r} has dropout {dropout:g}, which rows of several adapters "
+                "do not have; choices: model.eval(), or an adapter without dropout"
+            )
 
 
 def _gathered(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
