@@ -176,11 +176,13 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (a, b, weight, bias, base)]
 
 
-def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     """The gradients in the places of the nine arguments, those nobody asks for left out.
 
     of_up and of_down compute those of the two thin products: see `up_gradients` and `down_gradients`.
     """
+    if dy is None:  # y has no part in what is differentiated
+        return (None,) * 9
     x, a, b, scale, weight, down, seed = ctx.saved_tensors
     of_x, of_a, of_b, _, of_weight, of_bias, of_base, *_ = ctx.needs_input_grad
     a_dtype, b_dtype, weight_dtype, bias_dtype, base_dtype = ctx.dtypes
@@ -329,7 +331,6 @@ _CASES = (
     _case((3, 5), 64, 33, 4, "bias", dropout=0.2, layout="transposed", name="transposed"),
     _case((19,), 40, 24, 6, "base", dropout=0.2, layout="strided", name="strided"),
     _case((300,), 24, 20, 4, dropout=0.1, name="many tokens, dropout"),
-    _case((33,), 72, 40, 8, "bias", dropout=0.1, master=True, name="master copies, dropout"),
     _case((17,), 96, 32, 8, "bias", gain={"x": 100.0}, name="large values"),
     _case((17,), 96, 32, 8, "bias", gain={"b": 0.0}, dropout=0.1, name="where training starts"),
     _case((2048,), 4096, 4096, 16, large=True, name="a layer"),
