@@ -199,8 +199,10 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias, base)]
 
 
-def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     """The gradients in the places of the eleven arguments: LoRA's, and from its second factor those of the vectors."""
+    if dy is None:  # y has no part in what is differentiated
+        return (None,) * 11
     x, a, b, lambda_d, lambda_b, gate, weight, down, seed = ctx.saved_tensors
     of_x, _, _, of_d, of_b, _, *of_layer, _, _ = ctx.needs_input_grad
     wide = torch.promote_types(b.dtype, torch.float32)
