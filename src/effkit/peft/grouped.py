@@ -205,8 +205,8 @@ def _check_pass(adapters: list[Adapter], x: Tensor, B: int) -> None:
         dropout: Any = getattr(adapter, "dropout", 0.0)
         if adapter.training and dropout:
             raise ValueError(
-                f"adapter_rows: adapter {adapter.config.name!r} has dropout {dropout:g}, which rows of several adapters "
-                "do not have; choices: model.eval(), or an adapter without dropout"
+                f"adapter_rows: adapter {adapter.config.name!r} has dropout {dropout:g}, which rows of several "
+                "adapters do not have; choices: model.eval(), or an adapter without dropout"
             )
 
 
