@@ -37,6 +37,15 @@ class ChangeConfig:
     handler: ClassVar[str]
     reload: ClassVar[str | None] = None
 
+    def __str__(self) -> str:
+        """The fields that are not as they are by default."""
+        own = []
+        for entry in dataclasses.fields(self):
+            usual = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+            if getattr(self, entry.name) != usual:
+                own.append(f"{entry.name}={getattr(self, entry.name)!r}")
+        return f"{type(self).__name__}({', '.join(own)})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: {"type": "module:Class", "fields": {...}}."""
         return {"type": f"{type(self).__module__}:{type(self).__qualname__}", "fields": dataclasses.asdict(self)}
@@ -66,7 +75,7 @@ class Edit:
     irreversible: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     final: bool = False
-    cannot_save: Callable[[nn.Module], str | None] = lambda model: None
+    cannot_save: Callable[[nn.Module], str | None] = field(default=lambda model: None, kw_only=True)
 
 
 @dataclass(frozen=True)

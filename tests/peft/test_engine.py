@@ -104,6 +104,9 @@ def test_several_adapters(make, ids):
     set_scale(model, 1.0, "default")
     assert torch.equal(logits(model, ids), both)
     activate(model, "second")
+    with disabled(model):
+        assert active_adapters(model) == []
+    assert active_adapters(model) == ["second"] and torch.equal(logits(model, ids), second)
     second_change.undo()
     assert adapter_names(model) == active_adapters(model) == ["default"]  # as before the second one came
     assert torch.equal(logits(model, ids), first)
@@ -247,6 +250,23 @@ def test_the_pending_backward_survives_a_switch(make, ids):
     set_scale(model, 0.3)
     got = torch.autograd.grad(loss, parameters)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_what_would_overlook_adapters_says_so(make):
+    """Quantising leaves adapted layers alone and gives the reason, pooling heads refuses them."""
+    model = make("llama", num_key_value_heads=4)
+    effkit.apply(model, LoRAConfig(rank=2))
+    change = effkit.apply(model, effkit.quant.NF4Config(block_size=32, skip=("mlp.down_proj",)))
+    assert "self_attn.q_proj" in change.edit.notes["left"] and "it has adapters" in change.edit.notes["left"]
+    assert not any("q_proj" in name or "v_proj" in name for name in change.matched)
+    with pytest.raises(ValueError, match=r"self_attn.q_proj has adapters.*merge_and_unload"):
+        effkit.apply(model, effkit.attention.GQAConfig(num_kv_heads=2))
+
+
+def test_reports_are_short(make):
+    change = effkit.apply(make("llama"), LoRAConfig(rank=4, target_modules=["q_proj"]))
+    assert str(change).splitlines()[0] == "LoRAConfig(target_modules=('q_proj',), rank=4)"
+    assert "trainable   512 of" in str(change)
 
 
 def test_one_seed_one_start(make):

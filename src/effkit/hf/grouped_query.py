@@ -37,6 +37,11 @@ def convert(model: nn.Module, config: GQAConfig, data: Iterable[Any] | None = No
                 f"GQAConfig: {path} is a {type(model.get_submodule(path)).__name__}, whose rows cannot be pooled; "
                 "choices: GQAConfig before it is quantised, or DequantizeConfig before this"
             )
+        if hasattr(model.get_submodule(path), "adapters"):
+            raise ValueError(
+                f"GQAConfig: {path} has adapters, which were made for all heads; choices: GQAConfig before the "
+                "adapters, or effkit.peft.merge_and_unload before this"
+            )
     text_config = _text_config(model)
     before = text_config.num_key_value_heads
     if before % config.num_kv_heads:

@@ -242,7 +242,7 @@ def quantization_report(model: nn.Module) -> QuantizationReport:
 
 def weight_shapes(module: Any) -> list[tuple[int, int]]:
     """[outputs, inputs] of the weights of a module that can be quantised; none for all other modules."""
-    if type(module) is nn.Linear:
+    if getattr(module, "plain", type(module)) is nn.Linear:  # plain: what a layer with adapters was
         return [(module.out_features, module.in_features)]
     if _is_conv1d(module):
         inputs, outputs = module.weight.shape
@@ -365,6 +365,8 @@ def _once(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _why_not(module: Any, config: QuantizationConfig, shapes: list[tuple[int, int]]) -> str | None:
+    if hasattr(module, "plain"):
+        return "it has adapters; quantise before adapting"
     if _has_experts(module):
         reason = resolve("effkit.hf.experts:why_not")(module)
         if reason is None and not config.stores:
@@ -435,7 +437,8 @@ def _has_experts(module: nn.Module) -> bool:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear layer, which holds its weight transposed."""
-    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+    kind = getattr(module, "plain", type(module))
+    return f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D"
 
 
 def _is_huggingface(model: nn.Module) -> bool:
