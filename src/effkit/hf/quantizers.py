@@ -100,6 +100,7 @@ class Quantizer(HfQuantizer):
     quantization_config: _ModelConfig
     requires_calibration = False
     is_trainable = True  # what stands beside the quantised weights: adapters, norms, embeddings
+    is_qat_trainable = True  # what transformers' Trainer asks of a model whose adapters are not peft's
     unsaveable = ""  # why save_pretrained cannot express the model
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
