@@ -154,7 +154,7 @@ def added(
         y = base_of(rows_of(x), weight, bias, None).addmm_(down, up)
     else:
         y = torch.addmm(rows_of(base_of(x, None, None, base)), down, up)
-    return y.view(*stars, y.shape[-1]), down.view(*stars, down.shape[-1])
+    return with_axes(y, stars), with_axes(down, stars)
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -255,7 +255,7 @@ def down_gradients(
         if dx is not None:
             dx[piece].mul_(keep)
         if rows is not None:
-            da = da + d_down[piece].T @ keep.mul_(rows[piece])
+            da = da + d_down[piece].T @ (rows[piece] * keep)
     return dx, None if rows is None else da
 
 
@@ -267,6 +267,11 @@ def factor(scale: Tensor, like: Tensor, dropout: float) -> Tensor:
 def rows_of(x: Tensor) -> Tensor:
     """x [*N, K] as [T, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def with_axes(rows: Tensor, stars: torch.Size) -> Tensor:
+    """rows [T, C] as [*N, C]: no view for autograd, which lets nobody change a view out of a Function in place."""
+    return torch.ops.aten._unsafe_view(rows, (*stars, rows.shape[-1]))
 
 
 def _wide(x: Tensor) -> torch.dtype:
