@@ -195,14 +195,13 @@ def described(model: nn.Module, config: Any, paths: list[str], form: Format, kep
         "inference_mode": True,
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(path)) for path in paths),
         "modules_to_save": list(config.modules_to_save) or None,
-        **_choice(model, config, paths, form),
     }
     if form.bias is not None:
         said["bias"] = form.bias if config.bias == "lora_only" else config.bias
     elif config.bias != "none":
         raise ValueError(f"save_adapter: bias is {config.bias!r}, choices: 'none' in a file of type {form.type!r}")
-    said |= {key: _list(getattr(config, field)) for field, key in form.fields.items() if hasattr(config, field)}
-    return said | _ranks(config, paths) if form.type == "LORA" else said
+    own = {key: getattr(config, field) for field, key in form.fields.items()}
+    return said | (own | _ranks(config, paths) if form.type == "LORA" else own) | _choice(model, config, paths, form)
 
 
 def explicit(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -232,14 +231,26 @@ def _pattern(pattern: Mapping[str, Any], values: Mapping[str, Any], default: Any
     return ordered if same else explicit(values, default)
 
 
-def _choice(model: nn.Module, config: AdapterConfig, paths: list[str], form: Format) -> dict[str, Any]:
-    """target_modules and the fields besides it that the type has."""
+def _choice(model: Any, config: Any, paths: list[str], form: Format) -> dict[str, Any]:
+    """target_modules, and what goes with them."""
     fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
     wanted = config.target_modules
-    named = wanted is not None and not (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR)
-    if named and not any(getattr(config, key) for key in fields if key not in form.scope):
-        return {"target_modules": _list(wanted)} | {key: _list(getattr(config, key)) or None for key in form.scope}
-    return {"target_modules": _selection(model, config, paths)} | dict.fromkeys(form.scope)
+    if wanted is None:
+        wanted = config.usual_targets[model.config.model_type]
+    said = {"target_modules": _list(wanted)} | {key: _list(getattr(config, key)) or None for key in form.scope}
+    lost = any(getattr(config, key) for key in fields if key not in form.scope)
+    if lost or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+        said = {"target_modules": _selection(model, config, paths)} | dict.fromkeys(form.scope)
+    if form.type == "IA3":
+        said["feedforward_modules"] = _feedforward(_list(config.shared(model, {})), said["target_modules"])
+    return said
+
+
+def _feedforward(names: list[str] | str, targets: list[str] | str) -> list[str] | str:
+    """Names that are among the targets, as peft asks of two lists, or else an expression for the same."""
+    if isinstance(names, str) or isinstance(targets, str) or {*names} <= {*targets}:
+        return names
+    return f".*({'|'.join(map(re.escape, names))})"
 
 
 def _selection(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str] | str:

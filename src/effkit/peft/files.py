@@ -3,8 +3,8 @@
     save_adapter(model, "folder")                  adapter_config.json and adapter_model.safetensors
     change = load_adapter(other_model, "folder")   the layers adapted, the values read
 
-A tensor's key is `base_model.model.`, the layer's name, and what the adapter calls the tensor, e.g. `lora_A.weight`. The
-adapter's name is not in it. LoRA, DoRA, VeRA and (IA)^3 have formats of their own; any other adapter that adds a
+A tensor's key is `base_model.model.`, the layer's name, and what the adapter calls the tensor, e.g. `lora_A.weight`; it
+does not tell the adapter's name. LoRA, DoRA, VeRA and (IA)^3 have formats of their own; any other adapter that adds a
 product of two matrices, such as SingLoRA, is written as the LoRA that it amounts to.
 
 Reading is strict: a missing or extra key, another shape, an option that is not implemented raise ValueError, and the
@@ -109,8 +109,9 @@ def load_adapter(
 
     Returns the change, as `effkit.apply` does: it can be undone, and `effkit.save` saves the adapter with the model.
     The model may be quantised and may have other adapters. Keys of adapter_config.json that are not known here are
-    written again by `save_adapter`; where one is set there is a warning. Raises ValueError where the folder does not fit the
-    model or asks for what is not implemented, FileNotFoundError where a file is missing; nothing is changed then.
+    written again by `save_adapter`; where one is set there is a warning. Raises ValueError where the folder does not
+    fit the model or asks for what is not implemented, FileNotFoundError where a file is missing; the model is as before
+    then.
     """
     folder = Path(path)
     where = str(folder / CONFIG)
@@ -202,7 +203,7 @@ def _as_lora(config: Any, parts: Mapping[str, Any]) -> tuple[LoRAConfig, dict[st
         made[path].lora_A, made[path].lora_B, made[path].bias = nn.Parameter(a), nn.Parameter(b), part.bias
     common = {field.name: getattr(config, field.name) for field in dataclasses.fields(AdapterConfig)}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    patterns = dict(rank_pattern=explicit(ranks, rank), alpha_pattern=explicit(alphas, alpha))
+    patterns: dict[str, Any] = dict(rank_pattern=explicit(ranks, rank), alpha_pattern=explicit(alphas, alpha))
     dropout = getattr(config, "dropout", 0.0)
     return LoRAConfig(**common, rank=rank, alpha=alpha, dropout=dropout, **patterns), made
 
@@ -257,14 +258,15 @@ def _fill(model: nn.Module, folder: Path, parts: Mapping[str, Any], found: Mappi
     missing = [f"missing: {key} {list(tensor.shape)}" for key, tensor in needed.items() if key not in found]
     other, extra = [], []
     own = _own_tensors(model)
-    for key, value in found.items():
-        fixed = shared.get(key, own.get(key))
-        if key in wanted and value.shape != wanted[key].shape:
-            other.append(f"shape: {key} is {list(value.shape)}, expected {list(wanted[key].shape)}")
-        elif key not in wanted and fixed is None:
+    for key, value in _once(found).items():
+        target, fixed = wanted.get(key), shared.get(key, own.get(key))
+        if target is not None:
+            if value.shape != target.shape:
+                other.append(f"shape: {key} is {list(value.shape)}, expected {list(target.shape)}")
+        elif fixed is None:
             extra.append(f"extra: {key} {list(value.shape)}")
-        elif key not in wanted and not _same(fixed, value):
-            other.append(f"values: {key} is not the {'one drawn from the key' if key in shared else 'model'}'s")
+        elif not _same(fixed, value):
+            other.append(f"values: {key} is not what {'its key draws' if key in shared else 'the model has'}")
     problems = [line for lines in (other, missing, extra) for line in _first(lines)]
     if problems:
         raise ValueError(f"load_adapter: {folder} does not fit the model\n  " + "\n  ".join(problems))
@@ -275,6 +277,13 @@ def _fill(model: nn.Module, folder: Path, parts: Mapping[str, Any], found: Mappi
             tensor.copy_(found[key])
 
 
+def _once(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors without the repetitions that peft writes of the biases of modules_to_save, for bias="all"."""
+    twins = {key: key.replace(".modules_to_save.", ".") for key in found}
+    repeated = {key for key, twin in twins.items() if key != twin in found and torch.equal(found[key], found[twin])}
+    return {key: value for key, value in found.items() if key not in repeated}
+
+
 def _first(lines: list[str], count: int = 4) -> list[str]:
     return lines[:count] + ([f"... and {len(lines) - count} more"] if len(lines) > count else [])
 
@@ -283,9 +292,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own parameters, under all keys that peft may give them."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        path, _, key = name.rpartition(".")
+        path, dot, key = name.rpartition(".")
         for wrapper in ("", "base_layer.", "original_module."):
-            found[f"{_PREFIX}{path}.{wrapper}{key}"] = parameter
+            found[f"{_PREFIX}{path}{dot}{wrapper}{key}"] = parameter
     return found
 
 
