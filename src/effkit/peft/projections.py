@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit import ops
-from effkit.peft.low_rank import LORA_LINEAR, lora_linear_reference, rows_of
+from effkit.peft.low_rank import LORA_LINEAR, lora_linear_reference, rows_of, with_axes
 from effkit.quant.nf4_linear import as_autocast
 
 GROUPS = (
@@ -73,7 +73,7 @@ class _Projections(torch.autograd.Function):
         results = []
         for part, up, matrix, shift in zip(_parts(down, a), b, weight, bias, strict=True):
             y = F.linear(rows, matrix.to(x.dtype), None if shift is None else shift.to(x.dtype))
-            results.append(y.addmm_(part, up.to(x.dtype).T).view(*x.shape[:-1], y.shape[1]))
+            results.append(with_axes(y.addmm_(part, up.to(x.dtype).T), x.shape[:-1]))
         return (*results, down)
 
     @staticmethod

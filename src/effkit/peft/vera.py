@@ -383,9 +383,12 @@ class VeRA(Adapter):
         return weight + scale * (b @ a), bias
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = self.projections.cast(self.vera_lambda_d.device, self.vera_lambda_d.dtype)
+        lambda_d, lambda_b = (
+            v.to(torch.promote_types(v.dtype, torch.float32)) for v in (self.vera_lambda_d, self.vera_lambda_b)
+        )
+        a, b = self.projections.cast(lambda_d.device, lambda_d.dtype)
         a, b = a[:, : self.in_features], b[: self.out_features]
-        return self.vera_lambda_d.unsqueeze(1) * a, self.vera_lambda_b.unsqueeze(1) * b, self.gate
+        return lambda_d.unsqueeze(1) * a, lambda_b.unsqueeze(1) * b, self.gate
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, dropout={self.dropout:g}"
