@@ -170,9 +170,10 @@ def plan(model: nn.Module, config: QuantizationConfig) -> Plan:
     layers: dict[str, QuantizationConfig] = {}
     left: dict[str, str] = {}
     kept, tied = _kept(model), _tied(model)
+    trained = tuple(f"{name}.adapters." for name, module in model.named_modules() if hasattr(module, "plain"))
     for name, module in model.named_modules(remove_duplicate=False):
         shapes = weight_shapes(module)
-        if not shapes:
+        if not shapes or name.startswith(trained):
             continue
         chosen = config.of_layer(name) or kept.get(id(module)) or config
         if not isinstance(chosen, str):
@@ -218,6 +219,12 @@ def dequantize(model: nn.Module, config: DequantizeConfig, data: Iterable[Any] |
     old = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_ours(module)}
     if not old:
         raise no_match("DequantizeConfig", ("NF4Linear",), (type(module).__name__ for module in model.modules()))
+    adapted = [name for name, module in old.items() if hasattr(module, "plain")]
+    if adapted:
+        raise ValueError(
+            f"DequantizeConfig: {adapted[0]} would lose its adapters; choices: merge_and_unload(model), which gives "
+            "dense layers, or delete_adapter(model, name) first"
+        )
     new = {name: dense_of(module) for name, module in _once(old).items()}
     replace(model, new)
     said = resolve("effkit.hf.quantizers:say")(model, None) if _is_huggingface(model) else None
