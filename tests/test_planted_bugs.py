@@ -77,6 +77,9 @@ FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
 )
 SMOOTH, SMOOTH_KERNEL = "effkit/quant/fp8_swiglu.py", "effkit/kernels/fp8_swiglu.py"
 ADAMW, ADAMW_KERNEL = "effkit/quant/fp8_adamw.py", "effkit/kernels/fp8_adamw.py"
+LOW_RANK, DROPOUT, LOW_RANK_KERNEL, DROPOUT_KERNEL = (
+    f"effkit/{name}.py" for name in ("peft/low_rank", "peft/_dropout", "kernels/low_rank", "kernels/_dropout")
+)
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -419,6 +422,37 @@ BUGS = (
         ("weight",), "adamw_fp8_step", "triton"),
     Bug("m rounded up, too", ADAMW_KERNEL, "there, M_MANTISSA, False)", "there, M_MANTISSA, ROUND_UP)",
         ("v is rounded up",), "adamw_fp8_step", "triton"),
+    *(
+        replace(bug, op="lora_linear")
+        for bug in (
+            Bug("gradient not divided", LOW_RANK, ".mul_(factor(scale, dy, dropout))", ".mul_(factor(scale, dy, 0.0))",
+                ("primes, dropout",)),
+            Bug("gradient of x not dropped", LOW_RANK, "dx[piece].mul_(keep)", "dx[piece].mul_(1)",
+                ("primes, dropout",)),
+            Bug("x not dropped for a", LOW_RANK, "(rows[piece] * keep)", "rows[piece]", ("primes, dropout",)),
+            Bug("gradient of the adapter alone", LOW_RANK, "dx if weight is None else dx.addmm_",
+                "dx if a is a else dx.addmm_", ("primes",)),
+            Bug("sign bits in the hash", DROPOUT, "h.bitwise_xor_(spare.bitwise_and_((1 << 32 - shift) - 1))",
+                "h.bitwise_xor_(spare)", ("primes, dropout",)),
+        )
+    ),
+    *(
+        replace(bug, op="lora_linear", backend="triton")
+        for bug in (
+            Bug("last part not added", LOW_RANK_KERNEL, "in range(n_parts)", "in range(n_parts - 1)",
+                ("one past a block",)),
+            Bug("share ends early", LOW_RANK_KERNEL, "share * width + width, K)", "share * width + BLOCK_C, K)",
+                ("one past a block",)),
+            Bug("mask of the first rows", LOW_RANK_KERNEL, "x = dropped(x, _keys(seed_ptr, rows)",
+                "x = dropped(x, _keys(seed_ptr, rows - t)", ("beside a result, dropout",)),
+            Bug("mask of the first columns", LOW_RANK_KERNEL, "dropped(dx, _keys(seed_ptr, rows), start,",
+                "dropped(dx, _keys(seed_ptr, rows), 0,", ("primes, dropout",)),
+            Bug("sums of the first rows", LOW_RANK_KERNEL, "db_ptr + stripe * M * R", "db_ptr + 0 * stripe * M * R",
+                ("one past a block",)),
+            Bug("halves exchanged", DROPOUT_KERNEL, "tl.join(both << 16 >> 16, both >> 16)",
+                "tl.join(both >> 16, both << 16 >> 16)", ("primes, dropout",)),
+        )
+    ),
 )  # fmt: skip
 
 
