@@ -6,6 +6,7 @@ though, and u = y / f: to keep y costs nothing. Where f is too small to divide b
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -49,21 +51,23 @@ class Memo:
     """The value of a function of tensors, computed again only once one of them was replaced, moved or written to.
 
     It tells tensors by identity, address and version, and keeps none of them alive. Those that do not tell their
-    version (made in inference mode, or inside of torch.func) are asked about each time. Copies of a memo are empty.
+    version (made in inference mode, or inside of torch.func) are asked about each time. Any optimizer's step counts as
+    a change, too: FSDP fills the same tensors with what came out of it, and hides that from their versions. Copies of
+    a memo are empty.
     """
 
     def __init__(self) -> None:
-        self._seen: list[Any] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._tensors: list[Any] = []
+        self._stamp: Any = None
         self._value: Any = None
 
     def __call__(self, compute: Callable[..., Any], *tensors: Tensor) -> Any:
         if any(is_functorch_wrapped_tensor(tensor) or tensor.is_inference() for tensor in tensors):
             return compute(*tensors)
-        stamps = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if stamps != self._stamps or any(a() is not b for a, b in zip(self._seen, tensors, strict=True)):
+        stamp = _optimizer_steps()[0], [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if stamp != self._stamp or any(a() is not b for a, b in zip(self._tensors, tensors, strict=True)):
             self._value = compute(*tensors)
-            self._seen, self._stamps = [weakref.ref(tensor) for tensor in tensors], stamps
+            self._tensors, self._stamp = [weakref.ref(tensor) for tensor in tensors], stamp
         return self._value
 
     def __reduce__(self) -> Any:
@@ -87,6 +91,18 @@ class Remembered:
         if memo is None:
             memo = self._memos[tensors[0]] = Memo()
         return memo(lambda *tensors: bool(self.question(*tensors)), *tensors)
+
+
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """How many steps optimizers have made since the first call, of which all share the list."""
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

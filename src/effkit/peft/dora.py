@@ -18,18 +18,26 @@ largest at low ranks. It shares a layer with no other adapter. For inference mer
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import checked
-from effkit.peft._columns import Remembered, add_scaled_, column_products, scale_columns, wide
+from effkit.peft._columns import Memo, Remembered, add_scaled_, column_products, scale_columns, wide
 from effkit.peft._dropout import dropped, dropped_reference
-from effkit.peft.low_rank import any_seed, base_of, rows_of
+from effkit.peft.engine import Adapted, Adapter, linear_shape
+from effkit.peft.lora import LoRA, LoRAConfig, new_seed
+from effkit.peft.low_rank import any_seed, base_of, rows_of, with_axes
+from effkit.peft.matching import is_conv1d
+from effkit.quant.four_bit import dequantize_nf4
+from effkit.quant.fp8 import dequantize_fp8
+from effkit.quant.fp8_linear import FP8Linear
+from effkit.quant.nf4_linear import NF4Linear
 
 
 def dora_linear_reference(
@@ -151,6 +159,8 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     saves nothing, since its W A^T costs what B A does, and cancels where a row is all but removed.
     """
     precise = wide(weight)
+    if torch.compiler.is_compiling():
+        return dora_norm_reference(*(tensor.to(precise) for tensor in (weight, a, b, scale)))
     a, b = a.to(precise), scale.to(precise) * b.to(precise)
     rows = max(1, (_NORM_PIECE if weight.device.type == "cpu" else _NORM_PIECE << 6) // max(1, weight.shape[1]))
     with torch.autocast(weight.device.type, enabled=False):
@@ -162,6 +172,114 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 _NORM_PIECE = 1 << 18  # elements; a megabyte of float32
+
+
+class DoRA(LoRA):
+    """LoRA of one linear layer with trained lengths of the rows: see `dora_linear`. The arguments are those of `LoRA`.
+
+    lora_magnitude_vector [M] is a parameter beside lora_A and lora_B, in float32 or wider: its updates are small. It
+    starts as ones; `measure` makes it what it has to start from. The lengths of the rows as they are are computed
+    again whenever the layer, lora_A or lora_B has changed; compiled code computes them in every pass.
+    """
+
+    additive = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, device=device, dtype=dtype, **options)
+        if self.lora_bias is not None:
+            raise ValueError("DoRA: update_bias is True, but DoRA has no bias of the update")
+        lengths = torch.ones(out_features, device=device, dtype=wide(self.lora_A))
+        self.lora_magnitude_vector = nn.Parameter(lengths)
+        self._norm = Memo()
+
+    @torch.no_grad()
+    def measure(self, layer: nn.Module) -> None:
+        """Makes the trained lengths those of the rows as they are: a start from which nothing changes."""
+        if not self.lora_magnitude_vector.is_meta:
+            self.lora_magnitude_vector.copy_(self.norm(layer))
+
+    def norm(self, layer: nn.Module) -> Tensor:
+        """The lengths [M] of the rows of the layer's weight plus the update, in float32 or wider."""
+
+        def lengths(*tensors: Tensor) -> Tensor:
+            return dora_norm(_weight_of(layer), self.lora_A, self.lora_B, self.gain)
+
+        if torch.compiler.is_compiling():
+            return lengths()
+        of_layer = [parameter for name, parameter in layer.named_parameters(recurse=False) if name != "bias"]
+        with torch.inference_mode(False):  # what is remembered may be needed for gradients later
+            return self._norm(lengths, self.lora_A, self.lora_B, self.gain, *of_layer)
+
+    def refresh(self) -> None:
+        """The lengths are those of the whole update, however much of the change there is to be."""
+        if hasattr(self, "gain"):
+            self.gain = torch.full_like(self.gate, self.scale)
+
+    def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        own = self.lora_A, self.lora_B, self.gain, self.lora_magnitude_vector, self.norm(layer)
+        dense = layer.dense()
+        if dense is not None:
+            seed = new_seed(x) if dropout else None
+            return dora_linear(x, *own, *dense, seed=seed, gate=self.gate, dropout=dropout)
+        bias: Any = layer.bias
+        seen = F.dropout(x, dropout)
+        plain = layer.base(seen)
+        y = dora_linear(seen, *own, bias=bias, base=plain, gate=self.gate)
+        return layer.base(x) + (y - plain) if dropout else y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        a, b, scale, magnitude, gate = (
+            part.to(weight.dtype)
+            for part in (self.lora_A, self.lora_B, self.gain, self.lora_magnitude_vector, self.gate)
+        )
+        g = _ratio(magnitude, dora_norm(weight, a, b, scale))[:, None]
+        return weight + gate * ((g - 1) * weight + g * (scale * b @ a)), bias
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        raise TypeError("DoRA has no factors: it also stretches the rows of the weight")
+
+
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """DoRA in a model's linear layers: `effkit.apply(model, DoRAConfig(rank=8, alpha=16))`.
+
+    The fields are those of `LoRAConfig`, all but update_bias. Embeddings are refused.
+    """
+
+    linear_adapter: ClassVar[type[LoRA]] = DoRA
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update_bias:
+            raise ValueError("DoRAConfig: update_bias is True, but DoRA has no bias of the update")
+
+    def adapter(self, path: str, layer: nn.Module, shared: Any) -> Adapter:
+        linear_shape(self, path, layer)
+        new: Any = super().adapter(path, layer, shared)
+        new.measure(layer)
+        return new
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """The weight [M, K] of a linear layer, decoded where it is quantised."""
+    if isinstance(layer, NF4Linear):
+        return dequantize_nf4(layer.quantized(), dtype=_decoded(layer))
+    if isinstance(layer, FP8Linear) and layer.recipe is None:
+        return dequantize_fp8(layer.quantized(), dtype=_decoded(layer))
+    return layer.weight.T if is_conv1d(layer) else layer.weight
+
+
+def _decoded(layer: Any) -> torch.dtype:
+    return torch.float32 if layer.dtype == torch.float64 else layer.dtype  # codes have no more to tell
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -196,7 +314,7 @@ class _DoRALinear(torch.autograd.Function):
             y = down @ up.T if bias is None else torch.addmm((-stretch * bias).to(x.dtype), down, up.T)
             add_scaled_(y, plain, 1 + stretch)
         kept = x.new_empty(0) if base is not None or dropout or keep_result else plain
-        return y.view(*x.shape[:-1], y.shape[-1]), down, kept
+        return with_axes(y, x.shape[:-1]), down, kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -286,7 +404,7 @@ def _factors(
     scale: Tensor, magnitude: Tensor, norm: Tensor, gate: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """gate * (g - 1) and gate * g * scale, [M] each, in the dtype of sums."""
-    g = _ratio(magnitude, norm).to(wide(like))
+    g = _ratio(magnitude.to(wide(like)), norm)
     g, stretch = scale * g, g - 1
     return (stretch, g) if gate is None else (gate * stretch, gate * g)
 

@@ -18,16 +18,20 @@ It wants high learning rates (3e-3 with Adafactor in the paper), and cannot be m
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.norm.dyt import batched
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import FLOATS
 from effkit.peft._columns import Remembered, column_products, scale_columns
+from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.quant.nf4_linear import as_autocast
 
 
@@ -95,6 +99,131 @@ def ia3_linear(
             raise ValueError(f"ia3_linear: {name} is on {tensor.device}, expected {x.device} as x")
     tensors["x"] = as_autocast(x)
     return IA3_LINEAR.run(backend, **tensors, feedforward=feedforward)
+
+
+class IA3(Adapter):
+    """The vector of one linear layer: see `ia3_linear`.
+
+    in_features    K
+    out_features   M
+    feedforward    whether what goes into the layer is scaled, not what comes out
+
+    ia3_l, [1, K] with feedforward, else [M, 1], starts as ones.
+    """
+
+    additive = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        feedforward: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device)
+        self.feedforward = feedforward
+        shape = (1, in_features) if feedforward else (out_features, 1)
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+
+    def vector(self) -> Tensor:
+        """What is multiplied with: ia3_l, or as far from one towards it as the gate says."""
+        if not torch.compiler.is_compiling() and self.on and self.strength == 1.0:
+            return self.ia3_l
+        return torch.lerp(torch.ones_like(self.ia3_l), self.ia3_l, self.gate.to(self.ia3_l.dtype))
+
+    def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
+        vector, dense = self.vector(), layer.dense()
+        if dense is not None:
+            return ia3_linear(x, vector, *dense, feedforward=self.feedforward)
+        if self.feedforward:
+            return layer.base(ia3_linear(x, vector, feedforward=True))
+        return ia3_linear(layer.base(x), vector)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        vector = self.vector().to(weight.dtype)
+        return weight * vector, bias if bias is None or self.feedforward else bias * vector.flatten()
+
+    def extra_repr(self) -> str:
+        return f"{self.ia3_l.numel()}, feedforward={self.feedforward}"
+
+
+def _by_type(**types: str) -> dict[str, tuple[str, ...]]:
+    return {kind: tuple(names.split("__")) for names, kinds in types.items() for kind in kinds.split()}
+
+
+# What peft scales in models of each type: the results of these layers, and the inputs of those.
+_USUAL_OUTPUTS = _by_type(
+    k_proj__v_proj="llama mistral mixtral",
+    q_proj__v_proj="llama4 gemma gemma2 gemma3_text qwen2 qwen3 gptj gpt_neo bart phi",
+    q_proj__k_proj="opt",
+    k__v="t5",
+    k__v__wi_1="mt5",
+    c_attn="gpt2 gpt_bigcode",
+    query_key_value="bloom gpt_neox falcon RefinedWeb RefinedWebModel",
+    key__value="bert roberta",
+    key_proj__value_proj="deberta-v2",
+    in_proj="deberta",
+)
+USUAL_FEEDFORWARD: dict[str, tuple[str, ...]] = {
+    "mt5": (),
+    **_by_type(down_proj="llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3", w2="mixtral", wo="t5"),
+    **_by_type(fc2="opt bart phi", fc_out="gptj", c_proj="gpt_neo"),
+    **_by_type(dense_4h_to_h="gpt_neox falcon RefinedWeb RefinedWebModel"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("mlp.c_proj",)),
+    **dict.fromkeys(("bert", "roberta", "deberta-v2", "deberta"), ("output.dense",)),
+    "bloom": ("mlp.dense_4h_to_h",),
+}
+USUAL_IA3_TARGETS = {kind: (*names, *USUAL_FEEDFORWARD[kind]) for kind, names in _USUAL_OUTPUTS.items()}
+
+
+@dataclass(frozen=True)
+class IA3Config(AdapterConfig):
+    """(IA)^3 in a model's linear layers: `effkit.apply(model, IA3Config())`.
+
+    feedforward_modules   ends of the names of those targets whose inputs are scaled, or a regular expression for whole
+                          names; () for none; None is what is usual for the model's type
+
+    target_modules=None is what is usual for the model's type: keys, values and the last layer of the MLP. The other
+    fields are those of `AdapterConfig`; bias stays "none", since a vector scales it already.
+    """
+
+    feedforward_modules: str | tuple[str, ...] | None = None
+    usual_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = USUAL_IA3_TARGETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.feedforward_modules
+        if given is not None and not isinstance(given, str):
+            object.__setattr__(self, "feedforward_modules", tuple(sorted(given) if isinstance(given, set) else given))
+            if not all(isinstance(name, str) for name in given):
+                raise TypeError(f"IA3Config: feedforward_modules is {given!r}, expected a tuple of names of modules")
+        if isinstance(self.feedforward_modules, tuple) and isinstance(self.target_modules, tuple):
+            others = sorted(set(self.feedforward_modules) - set(self.target_modules))
+            if others:
+                raise ValueError(
+                    f"IA3Config: feedforward_modules has {others}, which target_modules {self.target_modules} has not"
+                )
+        if self.bias != "none":
+            raise ValueError(f"IA3Config: bias is {self.bias!r}, choices: 'none'")
+
+    def shared(self, model: nn.Module, layers: dict[str, nn.Module]) -> str | tuple[str, ...]:
+        """Which of the targets are feed-forward layers."""
+        if self.feedforward_modules is not None:
+            return self.feedforward_modules
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in USUAL_FEEDFORWARD:
+            raise ValueError(
+                "IA3Config: feedforward_modules is None and there is no usual choice for model type "
+                f'{kind!r}; choices: names of modules such as ("down_proj",), or ()'
+            )
+        return USUAL_FEEDFORWARD[kind]
+
+    def adapter(self, path: str, layer: Any, shared: str | tuple[str, ...]) -> Adapter:
+        feedforward = re.fullmatch(shared, path) is not None if isinstance(shared, str) else path.endswith(shared)
+        sizes, dtype = linear_shape(self, path, layer), parameter_dtype(self, layer)
+        return IA3(*sizes, feedforward=feedforward, device=layer.weight.device, dtype=dtype)
 
 
 class _Scaled(torch.autograd.Function):
