@@ -10,7 +10,19 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import effkit
-from effkit.peft import VeRA, VeRAConfig, activate, adapters_of, disabled, lora_linear, merge, unmerge, vera_linear
+from effkit.peft import (
+    LoRAConfig,
+    SingLoRAConfig,
+    VeRA,
+    VeRAConfig,
+    activate,
+    adapters_of,
+    disabled,
+    lora_linear,
+    merge,
+    unmerge,
+    vera_linear,
+)
 from effkit.peft.vera import Projections, vera_linear_reference
 from effkit.quant import NF4Config
 from effkit.testing import assert_equivalent
@@ -297,6 +309,41 @@ def test_saved_and_loaded(make, ids, tmp_path):
     torch.save(model, stream)
     stream.seek(0)
     assert torch.equal(logits(torch.load(stream, weights_only=False), ids), expected)
+
+
+def test_layers_keep_the_inner_product_alone():
+    """Of a layer in half precision whose x has a gradient: R / K of x, beside projections that all layers share."""
+    model = nn.Sequential(nn.Linear(48, 20), nn.Linear(20, 48)).bfloat16()
+    effkit.apply(model, VeRAConfig(rank=6, target_modules=("0", "1")))
+    layer, x = randomize(model)[0], torch.randn(9, 48, dtype=torch.bfloat16, requires_grad=True)
+    layer(x)
+    shared = [kept.value for kept in projections(model)._casts.values()]
+    known, found = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *shared)}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if tensor.ndim and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert sum(found.values()) == 6 * x.nbytes // 48
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig, SingLoRAConfig, VeRAConfig])
+def test_results_may_be_changed_in_place(kind):
+    """Activations that work in place, and residual sums, come right after adapted layers."""
+
+    def gradient(inplace):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(inplace))
+        effkit.apply(model, kind(rank=3, target_modules=("0",)))
+        x = torch.ones(2, 5, 16, requires_grad=True)
+        model(x).sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(False), gradient(True))
 
 
 def test_dropout_is_for_training_and_repeats_under_checkpointing():
