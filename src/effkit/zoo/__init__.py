@@ -5,7 +5,8 @@
     zoo.bits_per_byte(model, batches)
 
 The model is a byte-level Llama of 4.5 million parameters (zoo/train.py trained it). The text is the Python standard
-library of the interpreter that runs this: 22 modules are held out, the model never saw them.
+library of the interpreter that runs this: 22 modules are held out, the model never saw them. It has not read syntax
+trees either, kind="tree", which `adapt` trains adapters on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from effkit.zoo.measure import bits_per_byte, cache_bytes_per_token, distill, heal, heldout_batches, training_batches
+from effkit.zoo.adaptation import Adaptation, adapt
+from effkit.zoo.measure import (
+    bits_per_byte,
+    cache_bytes_per_token,
+    distill,
+    heal,
+    heldout_batches,
+    saved_bytes,
+    training_batches,
+)
 from effkit.zoo.text import HELD_OUT, stdlib_files, stdlib_text
 from effkit.zoo.train import CONTEXT, END
 
@@ -29,6 +39,8 @@ __all__ = [
     "END",
     "HELD_OUT",
     "MODEL",
+    "Adaptation",
+    "adapt",
     "bits_per_byte",
     "cache_bytes_per_token",
     "distill",
@@ -36,6 +48,7 @@ __all__ = [
     "heldout_batches",
     "load_model",
     "load_tokenizer",
+    "saved_bytes",
     "stdlib_files",
     "stdlib_text",
     "training_batches",

@@ -20,13 +20,16 @@ from torch.nn import functional as F
 from effkit.change import Change, PutBack
 from effkit.zoo.train import CONTEXT, batch_of, corpus
 
+_TREES = 4_000_000  # bytes of syntax trees to train on: parsing all modules would take seconds
 
-def heldout_batches(windows: int = 48, rows: int = 8) -> list[Tensor]:
+
+def heldout_batches(windows: int = 48, rows: int = 8, kind: str = "source") -> list[Tensor]:
     """Evenly spaced windows of the held-out modules that do not overlap: int64 [rows, CONTEXT + 1] each.
 
-    The first CONTEXT tokens of a row are the input, the last CONTEXT what is to be predicted.
+    The first CONTEXT tokens of a row are the input, the last CONTEXT what is to be predicted. kind is "source", or
+    "tree" for the syntax trees of the modules.
     """
-    ids = corpus("heldout")
+    ids = corpus("heldout", kind)
     most = (len(ids) - 1) // CONTEXT
     if not 1 <= windows <= most:
         raise ValueError(f"windows is {windows!r}, expected 1 to {most}: the held-out modules hold no more")
@@ -37,12 +40,17 @@ def heldout_batches(windows: int = 48, rows: int = 8) -> list[Tensor]:
     return list(ids[starts[:, None] + torch.arange(CONTEXT + 1)].split(rows))
 
 
-def training_batches(steps: int, rows: int = 8, context: int = CONTEXT, seed: int = 0) -> list[Tensor]:
-    """`steps` batches of random windows of the training modules, never of held-out ones: int64 [rows, context + 1]."""
+def training_batches(
+    steps: int, rows: int = 8, context: int = CONTEXT, seed: int = 0, kind: str = "source"
+) -> list[Tensor]:
+    """`steps` batches of random windows of the training modules, never of held-out ones: int64 [rows, context + 1].
+
+    kind is "source", or "tree" for the syntax trees of a choice of the modules, always the same, of some megabytes.
+    """
     for name, value in {"steps": steps, "rows": rows, "context": context}.items():
         if value < 1:
             raise ValueError(f"{name} is {value!r}, expected at least 1")
-    ids, generator = corpus("train"), torch.Generator().manual_seed(seed)
+    ids, generator = corpus("train", kind, None if kind == "source" else _TREES), torch.Generator().manual_seed(seed)
     return [batch_of(ids, rows, context, generator) for _ in range(steps)]
 
 
@@ -63,11 +71,13 @@ def heal(
     batches: Sequence[Tensor],
     *,
     lr: float = 1e-3,
+    optimizer: torch.optim.Optimizer | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Trains the changed model in place, one AdamW step per batch, and returns the bits per byte of every step.
 
-    The learning rate climbs to `lr` over the first tenth of the steps and falls linearly to zero over the rest.
+    The learning rate climbs to `lr` over the first tenth of the steps and falls linearly to zero over the rest. An
+    `optimizer` steps in the place of AdamW on all that is trainable, each of its groups up to its own learning rate.
     on_step(step, bits) is called after every step, from 1. The model must hold float32 weights.
     """
 
@@ -77,8 +87,9 @@ def heal(
 
     was_training = model.training
     model.train()
-    loss = functools.partial(_cross_entropy, model, reduction="mean")
-    nats = _train(model.parameters(), loss, batches, lr, report)
+    if optimizer is None:
+        optimizer = _adamw(model.parameters(), lr)
+    nats = _train(optimizer, functools.partial(_cross_entropy, model), batches, report)
     model.train(was_training)
     return [each / math.log(2) for each in nats]
 
@@ -110,7 +121,7 @@ def distill(
         ]
         return torch.stack(errors).mean()
 
-    return _train(new.parameters(), loss, batches, lr, on_step)
+    return _train(_adamw(new.parameters(), lr), loss, batches, on_step)
 
 
 @torch.no_grad()
@@ -133,23 +144,28 @@ def _calls(model: nn.Module, modules: dict[str, nn.Module], batch: Tensor) -> li
     return [calls[module] for module in modules.values()]
 
 
+def _adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """What heals: AdamW on those parameters that are trainable, without weight decay."""
+    return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def _train(
-    parameters: Iterable[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor], Tensor],
     batches: Sequence[Tensor],
-    lr: float,
     on_step: Callable[[int, float], None] | None,
 ) -> list[float]:
-    """One AdamW step per batch on those parameters that are trainable; the losses."""
-    trainable = [p for p in parameters if p.requires_grad]
+    """One step of the optimizer per batch, with the schedule of `heal`; the losses."""
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     wrong = {p.dtype for p in trainable} - {torch.float32}
     if wrong:
         raise TypeError(f"model has trainable weights in {wrong.pop()}, expected float32: small steps would be lost")
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
     warmup = max(1, len(batches) // 10)
     losses: list[float] = []
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, 1 - step / len(batches))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min((step + 1) / warmup, 1 - step / len(batches))
         loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -167,6 +183,25 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def saved_bytes(model: nn.Module, batch: Tensor) -> int:
+    """Bytes that one pass over a batch, int64 [rows, length + 1], keeps for its backward pass, the loss included.
+
+    Each storage counts once and as a whole; the model's own parameters and buffers do not.
+    """
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = _cross_entropy(model, batch)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    del loss  # until here, lest what it keeps makes room for something else at the same place
+    return sum(size for place, size in kept.items() if place not in own)
+
+
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module, ids: Tensor) -> float:
     """Bytes that the model's cache really holds after reading ids, int64 [rows, length], divided by their number."""
@@ -175,7 +210,7 @@ def cache_bytes_per_token(model: nn.Module, ids: Tensor) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / ids.numel()
 
 
-def _cross_entropy(model: nn.Module, batch: Tensor, reduction: str) -> Tensor:
+def _cross_entropy(model: nn.Module, batch: Tensor, reduction: str = "mean") -> Tensor:
     """Next-token cross entropy in nats, from float32 logits or wider."""
     batch = batch.to(_device(model))
     logits = model(input_ids=batch[:, :-1], use_cache=False).logits

@@ -31,11 +31,11 @@ ARCHITECTURE: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def corpus(split: str) -> Tensor:
-    """All documents of a split in one row of token ids, each behind an END: int64 [N]."""
+def corpus(split: str, kind: str = "source", limit: int | None = None) -> Tensor:
+    """The documents of a split in one row of token ids, each behind an END: int64 [N]."""
     ids = [
         torch.cat((torch.tensor([END]), torch.frombuffer(bytearray(text), dtype=torch.uint8).long()))
-        for text in stdlib_text(split)
+        for text in stdlib_text(split, limit, kind=kind)
         if text
     ]
     return torch.cat(ids)
