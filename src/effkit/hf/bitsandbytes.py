@@ -244,6 +244,12 @@ def save_bitsandbytes(model: Any, path: str | Path) -> None:
     Layers may be NF4 or FP4, all with one block size, double quantised or not. config.json names the linear layers that
     are dense among those that bitsandbytes is to skip.
     """
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "plain")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"save_bitsandbytes: {adapted} has adapters, which have no place in the format; choices: save_adapter for "
+            "them, delete_adapter, then this for the rest; or effkit.save"
+        )
     layers = _layers(model)
     settings = _settings({name: layer.quantized() for name, layer in layers.items()})
     before = say(model, None)
@@ -262,7 +268,7 @@ def bitsandbytes_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _state_dict(model: nn.Module, storage: torch.dtype) -> dict[str, Tensor]:
     layers = _layers(model)
-    ours = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if name != "bias"}
+    ours = {id(p) for layer in layers.values() for name, p in layer.named_parameters(recurse=False) if name != "bias"}
     state = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in ours}
     state = {key: tensor.detach() for key, tensor in state.items()}
     for name, layer in layers.items():
