@@ -76,6 +76,8 @@ def test_benchmark_cases_and_rivals(op: Op) -> None:
 WITHOUT_KERNEL: dict[str, str] = {
     "encode_kbit": "a byte for each code: for studies of data types, not to run a model",
     "decode_kbit": "a byte for each code: for studies of data types, not to run a model",
+    "dora_linear": "products of torch, and one multiplication that goes with memory as it is",
+    "ia3_linear": "a product of torch, and one multiplication that goes with memory as it is",
     "vera_linear": "at its usual rank of 256 there is no thin side: the products are ordinary ones",
 }
 

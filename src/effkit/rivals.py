@@ -600,6 +600,40 @@ def materialized_singlora(
     return F.linear(x, weight + (scale * (factor[:M] @ factor[:K].T)).to(x.dtype), bias)
 
 
+@rival(lambda **arguments: "its masks are other ones" if arguments.get("seed") is not None else None)
+def dora_as_written(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+    gate: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """The equation as peft computes it once it has the lengths of the rows: autograd keeps what is in between."""
+    result: Any = base if weight is None else F.linear(x, weight, bias)
+    plain = result if bias is None else result - bias
+    ratio = magnitude / norm
+    change = (ratio - 1) * plain + ratio * scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    return (result + (change if gate is None else gate * change)).to(x.dtype)
+
+
+@rival(lambda **arguments: None)
+def ia3_as_written(
+    x: Tensor, vector: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, feedforward: bool = False
+) -> Tensor:
+    """The equation as peft computes it, in the dtype of the vector: autograd keeps the result of the layer, too."""
+    factor = vector.flatten()
+    if feedforward:
+        x = (x.to(factor.dtype) * factor).to(x.dtype)
+    y = x if weight is None else F.linear(x, weight, bias)
+    return y if feedforward else (y * factor).to(y.dtype)
+
+
 def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """nn.Linear with this frozen weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

@@ -1,5 +1,6 @@
 """Adapters: a few trained parameters beside frozen ones, at the memory they need and in peft's file format."""
 
+from effkit.peft.dora import DoRA, DoRAConfig, dora_linear, dora_norm
 from effkit.peft.engine import (
     Adapter,
     AdapterConfig,
@@ -14,6 +15,7 @@ from effkit.peft.engine import (
 )
 from effkit.peft.files import load_adapter, save_adapter
 from effkit.peft.grouped import adapter_rows, grouped_lora
+from effkit.peft.ia3 import IA3, IA3Config, ia3_linear
 from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
@@ -23,8 +25,12 @@ from effkit.peft.singlora import SingLoRA, SingLoRAConfig, advance_ramp, singlor
 from effkit.peft.vera import VeRA, VeRAConfig, vera_linear
 
 __all__ = [
+    "IA3",
     "Adapter",
     "AdapterConfig",
+    "DoRA",
+    "DoRAConfig",
+    "IA3Config",
     "LoRA",
     "LoRAConfig",
     "LoRAEmbedding",
@@ -42,7 +48,10 @@ __all__ = [
     "advance_ramp",
     "delete_adapter",
     "disabled",
+    "dora_linear",
+    "dora_norm",
     "grouped_lora",
+    "ia3_linear",
     "is_merged",
     "load_adapter",
     "lora_linear",

@@ -525,6 +525,6 @@ DORA_LINEAR = register(
             "seed": any_seed,
             "gate": _number,
         },
-        rivals={"peft's way": "effkit.rivals:dora_eager"},
+        rivals={"as written": "effkit.rivals:dora_as_written"},
     )
 )

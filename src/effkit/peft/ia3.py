@@ -347,6 +347,6 @@ IA3_LINEAR = register(
         flops=_flops,
         traffic=_traffic,
         draw={"vector": _around_one},
-        rivals={"eager": "effkit.rivals:ia3_eager"},
+        rivals={"as written": "effkit.rivals:ia3_as_written"},
     )
 )
