@@ -77,6 +77,7 @@ FP8_MATMUL, FP8_LINEAR, FP8_LINEAR_KERNEL = (
 )
 SMOOTH, SMOOTH_KERNEL = "effkit/quant/fp8_swiglu.py", "effkit/kernels/fp8_swiglu.py"
 ADAMW, ADAMW_KERNEL = "effkit/quant/fp8_adamw.py", "effkit/kernels/fp8_adamw.py"
+VERA, SINGLORA = "effkit/peft/vera.py", "effkit/peft/singlora.py"
 LOW_RANK, DROPOUT, LOW_RANK_KERNEL, DROPOUT_KERNEL = (
     f"effkit/{name}.py" for name in ("peft/low_rank", "peft/_dropout", "kernels/low_rank", "kernels/_dropout")
 )
@@ -453,6 +454,23 @@ BUGS = (
                 "tl.join(both >> 16, both << 16 >> 16)", ("primes, dropout",)),
         )
     ),
+    *(
+        replace(bug, op="vera_linear")
+        for bug in (
+            Bug("one vector forgotten", VERA, ".unsqueeze(1) * b * lambda_d.to(wide)", ".unsqueeze(1) * b",
+                ("primes",)),
+            Bug("gradient of the factor for that of b", VERA, "by_both = d_factor * b", "by_both = d_factor",
+                ("primes",)),
+            Bug("gradient without the other vector", VERA, "(by_both @ lambda_d.to(wide))", "by_both.sum(1)",
+                ("primes",)),
+            Bug("never off", VERA, "dtype=torch.float32) if gate is None else gate", "dtype=torch.float32)", ("off",)),
+        )
+    ),
+    Bug("last rows", SINGLORA, "factor[:K].T", "factor[-K:].T", ("wide out",), "singlora_linear"),
+    Bug("gradient of one side", SINGLORA, "factor[:K].T", "factor[:K].detach().T", ("square",), "singlora_linear"),
+    Bug("nothing dropped", LOW_RANK_KERNEL, "views(x, factor, weight, base), scale, weight, bias, base, seed, dropout=",
+        "views(x, factor, weight, base), scale, weight, bias, base, seed, dropout=0 * ", ("dropout",),
+        "singlora_linear", "triton"),
 )  # fmt: skip
 
 
