@@ -383,16 +383,15 @@ def singlora_linear(
 
 
 def aot_specs() -> list[AotSpec]:
-    """Each kernel at the smallest and the largest rank of its table, with dropout and without, and the sums."""
+    """Each kernel at the smallest and the largest rank of its table, in bfloat16 without its mask as well, and the sums."""
     ranks = {kernel: (16, FUSED_RANK if kernel is _lora_up_bwd else _RANKS[-1]) for kernel in TILES}
     thin = [
-        _spec(kernel, arch, dtype, rank, drops)
+        _spec(kernel, arch, dtype, rank, masked)
         for kernel in TILES
         for arch in (80, 90, 100)
         for dtype in ("bf16", "fp32")
         for rank in ranks[kernel]
-        for drops in ((True, False) if "drop_below" in kernel.arg_names else (False,))
-        if drops or kernel is not _lora_masked
+        for masked in ((True, False) if kernel in (_lora_down, _lora_down_bwd) and dtype == "bf16" else (True,))
     ]
     sums = [
         AotSpec(
@@ -410,7 +409,7 @@ def aot_specs() -> list[AotSpec]:
     return thin + sums
 
 
-def _spec(kernel: Any, arch: int, dtype: str, rank: int, drops: bool) -> AotSpec:
+def _spec(kernel: Any, arch: int, dtype: str, rank: int, masked: bool) -> AotSpec:
     tile = TILES[kernel][rank, {"bf16": 2, "fp32": 4}[dtype]]
     types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     types |= dict(seed_ptr="*i64", scale_ptr="*fp32", a_ptr="*fp32", b_ptr="*fp32", kept="fp32")  # master copies
@@ -419,10 +418,10 @@ def _spec(kernel: Any, arch: int, dtype: str, rank: int, drops: bool) -> AotSpec
     types |= dict(out_ptr="*fp32", da_ptr="*fp32", db_ptr="*fp32")
     constants: dict[str, Any] = {"BLOCK_T": tile.BLOCK_T, "BLOCK_C": tile.BLOCK_C, "BLOCK_R": rank}
     constants |= {name: 1 for name in ("stride_ak", "stride_br") if name in kernel.arg_names}
-    if not drops and "seed_ptr" in kernel.arg_names:
+    if not masked:
         constants["seed_ptr"] = None
     return AotSpec(
-        name=f"{kernel.__name__[1:]} {dtype} rank {rank}{', dropout' if drops else ''}",
+        name=f"{kernel.__name__[1:]} {dtype} rank {rank}{'' if masked else ', no mask'}",
         kernel=kernel,
         signature=types,
         constants=constants,
