@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot, multiprocessors, unit_stride
-from effkit.peft.grouped import one_by_one
+from effkit.peft.grouped import keep, one_by_one
 
 # Rows belong to groups: 0 to E - 1 have that adapter, E none, E + 1 one that does not exist. `plan` is int32: the rows
 # in the order of their groups [B], then how many there are up to the end of each group [E + 2]. A position counts
@@ -346,7 +346,7 @@ class _GroupedLoRA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[1:], output[1])
+        keep(ctx, *inputs[1:], s=output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -357,7 +357,7 @@ class _GroupedLoRA(torch.autograd.Function):
         if wants_x or wants_a:
             ds = torch.ops.effkit.grouped_lora_shrink(dy, b, scale, plan)
         if wants_x:
-            dx = torch.ops.effkit.grouped_lora_expand(None, ds, a.mT, None, plan, x.dtype)
+            dx = torch.ops.effkit.grouped_lora_expand(None, ds, a.mT, None, plan, dy.dtype)
         if wants_a:
             da = torch.ops.effkit.grouped_lora_outer(x, ds, None, plan, a.mT).mT
         if wants_b:

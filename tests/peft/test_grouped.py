@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import effkit
-from effkit.ops import INTERPRET
+from effkit.ops import INTERPRET, get_op
 from effkit.peft import (
     LoRAConfig,
     VeRAConfig,
@@ -150,13 +150,7 @@ class TestRows:
         small = {**inputs, "rows": inputs["rows"].int()}
         assert torch.equal(call(backend)(*inputs.values()), call(backend)(*small.values()))
 
-    def test_many_adapters_and_rows(self, backend):
-        """More of each than one step of the plan holds, most adapters without a row."""
-        rows = tuple(i * i % 65 - 1 for i in range(66))
-        inputs = draw(rows, T=2, K=9, M=7, R=2, E=64)
-        assert_equivalent(call(backend), grouped_lora_reference, tuple(inputs.values()), grads=("0", "1", "3", "4"))
-
-    def test_one_row_of_a_factor_alone(self, backend):
+    def test_gradients_one_by_one(self, backend):
         """Gradients that nobody asks for are not computed, and do not disturb the others."""
         inputs = draw((1, 0, -1))
         _, every = gradients(call(backend), inputs)
@@ -234,16 +228,26 @@ class TestPromises:
 if INTERPRET:
 
     @pytest.mark.interpreter
+    @pytest.mark.parametrize(("B", "E"), [(0, 1), (1, 1), (7, 3), (64, 62), (65, 9), (130, 70)])
+    def test_the_plan_of_the_kernels(B, E):
+        """The rows in a stable order of their adapters, then those without one, and where each of these groups ends."""
+        rows = torch.randint(-1, E, (B,), generator=torch.Generator().manual_seed(B))
+        get_op("grouped_lora").implementation("triton")  # imports the kernels
+        plan = torch.ops.effkit.grouped_lora_plan(rows, E)
+        groups = torch.where(rows < 0, E, rows)
+        assert torch.equal(plan[:B].long(), groups.argsort(stable=True))
+        assert torch.equal(plan[B:].long(), groups.bincount(minlength=E + 2).cumsum(0))
+
+    @pytest.mark.interpreter
     @pytest.mark.parametrize("T", [1, 19])
     def test_the_kernel_makes_rows_out_of_range_nan(T):
         """Where the host does not read them: nothing else is touched, and no adapter is guessed."""
-        from effkit.kernels import grouped_lora as kernel
-
         inputs = draw((1, 3, -2, 0), T)
-        y = kernel.grouped_lora(**inputs)
+        kernel = get_op("grouped_lora").implementation("triton")
+        y = kernel(**inputs)
         assert y[[1, 2]].isnan().all() and y[[0, 3]].isfinite().all()
         valid = {**inputs, "rows": torch.tensor((1, -1, -1, 0))}
-        assert torch.equal(y[[0, 3]], kernel.grouped_lora(**valid)[[0, 3]])
+        assert torch.equal(y[[0, 3]], kernel(**valid)[[0, 3]])
 
 else:
 

@@ -16,6 +16,7 @@ that of the same row in another batch, as in any product of matrices.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,8 +84,9 @@ def grouped_lora(
         raise ValueError("grouped_lora: scale asks for a gradient, which it does not get: pass scale.detach()")
     if not sizes["E"]:
         raise ValueError("grouped_lora: a holds no adapters (E=0), expected at least one")
-    if sizes["B"] and may_read(rows) and not -1 <= int(rows.min()) <= int(rows.max()) < sizes["E"]:
-        raise ValueError(f"grouped_lora: rows is {rows.tolist()}, expected -1 to {sizes['E'] - 1}, with E={sizes['E']}")
+    places = rows.tolist() if may_read(rows) else [-1]
+    if not -1 <= min(places, default=-1) <= max(places, default=-1) < sizes["E"]:
+        raise ValueError(f"grouped_lora: rows is {places}, expected -1 to {sizes['E'] - 1}, with E={sizes['E']}")
     x = as_autocast(x)
     return GROUPED_LORA.run(backend, base=base.to(x.dtype), x=x, rows=rows, a=a, b=b, scale=scale)
 
@@ -221,55 +223,60 @@ def _gathered(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale
 
 
 class _GroupedLoRA(torch.autograd.Function):
-    """Returns y, and S in the order of `_runs`."""
+    """Returns y, and S of the tokens in the order of `_Segments`."""
 
     @staticmethod
     def forward(base: Tensor, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        order = _order(rows, x)
-        y, x = _ordered(base, order, copy=True), _ordered(x, order)
-        s = x.new_zeros(*x.shape[:2], a.shape[1])
-        for run, e, factor in _runs(rows, order, scale):
-            s[run] = x[run] @ a[e].to(x.dtype).T
-            y[run].flatten(0, 1).addmm_(s[run].flatten(0, 1), b[e].to(x.dtype).T, alpha=factor)
-        return _restored(y, order), s
+        segments, scales = _Segments(rows, x.shape[1]), scale.tolist()
+        y, tokens = segments.ordered(base, copy=True), segments.ordered(x).flatten(0, 1)
+        s = x.new_zeros(len(tokens), a.shape[1])
+        for e, x_own, s_own, y_own in segments.each(tokens, s, y.flatten(0, 1)):
+            torch.mm(x_own, a[e].to(x.dtype).T, out=s_own)
+            y_own.addmm_(s_own, b[e].to(x.dtype).T, alpha=scales[e])
+        return segments.restored(y), s
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[1:], output[1])
+        keep(ctx, *inputs[1:], s=output[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, rows, a, b, scale, s = ctx.saved_tensors
         _, wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        order = _order(rows, x)
-        g, x = _ordered(dy, order), _ordered(x, order)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dx = x.new_zeros(x.shape) if wants_x else None
-        da = a.new_zeros(a.shape, dtype=wide) if wants_a else None
-        db = b.new_zeros(b.shape, dtype=wide) if wants_b else None
-        for run, e, factor in _runs(rows, order, scale):
-            dy_run = g[run].flatten(0, 1)
-            if db is not None:
-                db[e] += (dy_run.T @ s[run].flatten(0, 1)).mul_(factor)
-            ds = (dy_run @ b[e].to(x.dtype)).mul_(factor)
-            if dx is not None:
-                torch.mm(ds, a[e].to(x.dtype), out=dx[run].flatten(0, 1))
-            if da is not None:
-                da[e] += ds.T @ x[run].flatten(0, 1)
-        return (
-            dy,
-            None if dx is None else _restored(dx, order),
-            None,
-            None if da is None else da.to(a.dtype),
-            None if db is None else db.to(b.dtype),
-            None,
-        )
+        segments, scales = _Segments(rows, dy.shape[1]), scale.tolist()
+        g = segments.ordered(dy).flatten(0, 1)
+        ds = g.new_empty(len(g), a.shape[1])
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dx = da = db = None
+        if wants_x or wants_a:
+            for e, g_own, ds_own in segments.each(g, ds):
+                torch.mm(g_own, b[e].to(g.dtype), out=ds_own).mul_(scales[e])
+        if wants_x:
+            dx = g.new_zeros(*dy.shape[:2], a.shape[2])
+            for e, ds_own, dx_own in segments.each(ds, dx.flatten(0, 1)):
+                torch.mm(ds_own, a[e].to(g.dtype), out=dx_own)
+            dx = segments.restored(dx)
+        if wants_a:
+            da = a.new_zeros(a.shape, dtype=wide)
+            for e, ds_own, x_own in segments.each(ds, segments.ordered(x).flatten(0, 1)):
+                da[e] += ds_own.T @ x_own
+        if wants_b:
+            db = b.new_zeros(b.shape, dtype=wide)
+            for e, g_own, s_own in segments.each(g, s):
+                db[e] += (g_own.T @ s_own).mul_(scales[e])
+        return dy, dx, None, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         return one_by_one(_GroupedLoRA.apply, info.batch_size, in_dims, inputs)
+
+
+def keep(ctx: Any, x: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, s: Tensor) -> None:
+    """Saves what the gradients need: x for that of a, S for that of b, neither for that of x."""
+    _, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+    ctx.save_for_backward(x if wants_a else None, rows, a, b, scale, s if wants_b else None)
 
 
 def one_by_one(apply: Any, size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -282,34 +289,35 @@ def one_by_one(apply: Any, size: int, in_dims: tuple[int | None, ...], inputs: t
     return results, (0,) * len(results)
 
 
-def _order(rows: Tensor, x: Tensor) -> Tensor | None:
-    """An order of the rows in which those of an adapter are neighbours, or None to leave them where they are.
+class _Segments:
+    """The tokens of neighbouring rows with one adapter, T of each row.
 
-    A product of a few tokens costs more than copying them, and one of many does not gain from being larger.
+    With few tokens the rows are put in the order of their adapters first: a small product costs more than copying its
+    tokens. With many, which do not gain from larger products, they stay where they are.
     """
-    return rows.argsort(stable=True) if x.shape[1] < _FEW else None
 
+    def __init__(self, rows: Tensor, T: int) -> None:
+        adapters, self.order = rows.tolist(), None
+        if T < _FEW:
+            places = sorted(range(len(adapters)), key=adapters.__getitem__)
+            self.order, adapters = torch.tensor(places, dtype=torch.int64), [adapters[i] for i in places]
+        runs = [(e, sum(1 for _ in same)) for e, same in itertools.groupby(adapters)]
+        self.adapters, self.sizes = [e for e, _ in runs], [T * count for _, count in runs]
 
-def _ordered(x: Tensor, order: Tensor | None, copy: bool = False) -> Tensor:
-    if order is not None:
-        return x.index_select(0, order)
-    return x.clone(memory_format=torch.contiguous_format) if copy else x
+    def ordered(self, x: Tensor, copy: bool = False) -> Tensor:
+        """x with its rows in order; copy: never x itself."""
+        if self.order is not None:
+            return x.index_select(0, self.order)
+        return x.clone(memory_format=torch.contiguous_format) if copy else x
 
+    def restored(self, x: Tensor) -> Tensor:
+        """The inverse of `ordered`."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
-def _restored(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
-
-
-def _runs(rows: Tensor, order: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, int, float]]:
-    """Neighbouring rows with one adapter, in this order, the adapter, and its scale."""
-    adapters = (rows if order is None else rows[order]).tolist()
-    scales = scale.tolist()
-    start = 0
-    for stop in range(1, len(adapters) + 1):
-        if stop == len(adapters) or adapters[stop] != adapters[start]:
-            if adapters[start] >= 0:
-                yield slice(start, stop), adapters[start], scales[adapters[start]]
-            start = stop
+    def each(self, *tokens: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each adapter, and its part of these tensors; tokens without one are left out."""
+        parts = zip(self.adapters, *(x.split(self.sizes) for x in tokens), strict=True)
+        return (part for part in parts if part[0] >= 0)
 
 
 _FEW = 16  # tokens of a row
