@@ -383,7 +383,7 @@ def singlora_linear(
 
 
 def aot_specs() -> list[AotSpec]:
-    """Each kernel at the smallest and the largest rank of its table, in bfloat16 without its mask, too; and the sums."""
+    """Each kernel at the smallest and the largest rank of its table, in bfloat16 without a mask, too; and the sums."""
     ranks = {kernel: (16, FUSED_RANK if kernel is _lora_up_bwd else _RANKS[-1]) for kernel in TILES}
     thin = [
         _spec(kernel, arch, dtype, rank, masked)
