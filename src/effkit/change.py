@@ -67,7 +67,8 @@ class Edit:
 
     undo holds what it restores as a functools.partial or a `PutBack` does, not a closure: a deep copy of the model then
     undoes itself. final: `apply` calls undo only if a later config fails, and lets go of it, and of what it holds, at
-    its end. cannot_save gives the reason why the model, as it is by now, cannot be saved, or None.
+    its end. cannot_save gives the reason why the model, as it is by now, cannot be saved, or None. state gives what
+    there is to say of the change besides its config, as JSON, and set_state takes that when a saved model is loaded.
     """
 
     matched: list[str]
@@ -76,6 +77,8 @@ class Edit:
     notes: dict[str, Any] = field(default_factory=dict)
     final: bool = False
     cannot_save: Callable[[nn.Module], str | None] = field(default=lambda model: None, kw_only=True)
+    state: Callable[[nn.Module], Any] = field(default=lambda model: None, kw_only=True)
+    set_state: Callable[[nn.Module, Any], None] = field(default=lambda model, state: None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     record = {**record, "dtype": _dtype(model)}
-    manifest = {"version": 1, "model": record, "changes": [change.config.to_dict() for change in _changes(model)]}
+    changes = [{**change.config.to_dict(), "state": change.edit.state(model)} for change in _changes(model)]
+    manifest = {"version": 1, "model": record, "changes": changes}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -233,6 +237,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     for entry in manifest["changes"]:
         config = ChangeConfig.from_dict(entry)
         _apply_one(model, config, config.reload or config.handler, None)
+    for change, entry in zip(_changes(model), manifest["changes"], strict=True):
+        if entry.get("state") is not None:
+            change.edit.set_state(model, entry["state"])
     model.__dict__["_effkit_original"] = manifest["model"]
     # Parameters take the dtype they were saved in before the strict load copies into them.
     stored = load_file(str(folder / "model.safetensors"))

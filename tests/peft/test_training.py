@@ -137,6 +137,7 @@ def test_one_compilation_for_several_adapters(make, ids):
             assert_outcome(a_pass(compiled, ids), model, functools.partial(a_pass, batch=ids))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor():
     """Forward and backward beside a layer in four bits are those of eager code."""
     model = nn.Sequential(nn.Linear(64, 40))

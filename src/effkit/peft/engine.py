@@ -14,6 +14,7 @@ gates, so that switching, scaling and disabling do not compile again; other code
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -281,7 +282,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, data: Iterable[Any] | N
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     notes = {"trainable": f"{trained:,} of {total:,} parameters, {100 * trained / max(1, total):.3f} %"}
-    return Edit(list(made), undo, notes=notes, cannot_save=_why_not_save)
+    state, set_state = functools.partial(_state, name), functools.partial(_set_state, name)
+    return Edit(list(made), undo, notes=notes, cannot_save=_why_not_save, state=state, set_state=set_state)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -403,6 +405,19 @@ class _Remove:
 
 def _is_of(config: ChangeConfig, name: str) -> bool:
     return isinstance(config, AdapterConfig) and config.name == name
+
+
+def _state(name: str, model: nn.Module) -> dict[str, Any] | None:
+    """Whether an adapter is on, and its strength; None where it is no longer there."""
+    if name not in adapter_names(model):
+        return None
+    part = next(iter(adapters_of(model, name).values()))
+    return {"on": part.on, "strength": part.strength}
+
+
+def _set_state(name: str, model: nn.Module, state: dict[str, Any]) -> None:
+    for part in adapters_of(model, name).values():
+        part.switch(**state)
 
 
 def _why_not_save(model: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ lost. The report says how much of it is left.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ from effkit.change import ChangeConfig, Edit, set_module
 from effkit.ops import resolve
 from effkit.peft.engine import (
     TrainedCopy,
+    activate,
+    active_adapters,
     adapted_layers,
     adapter_names,
     merged_layers,
@@ -66,13 +68,16 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class MergeConfig(ChangeConfig):
-    """Merges the adapters that are on into the weights for good, and takes all adapters out of the model.
+    """Merges adapters into the weights for good, and takes all adapters out of the model.
 
     requantize  store the sums in the format of the layers that are quantised; see the warning above
+    names       of the adapters to merge, which may be left out where the model has one
     """
 
     requantize: bool = False
+    names: tuple[str, ...] = ()
     handler: ClassVar[str] = "effkit.peft.merging:merge_for_good"
+    reload: ClassVar[str] = "effkit.peft.merging:rebuild_merged"
 
 
 def merge(model: nn.Module, *, requantize: bool = False) -> MergeReport:
@@ -111,18 +116,23 @@ def unmerge(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module, *, requantize: bool = False) -> nn.Module:
     """Merges the adapters that are on and takes all out: the model is a plain one again, and is returned.
 
-    The original weights are gone. What is trainable does not change. The same as effkit.apply(model, MergeConfig()).
+    The original weights are gone. What is trainable does not change. The same as effkit.apply with a MergeConfig.
     """
     from effkit.change import apply
 
-    apply(model, MergeConfig(requantize))
+    apply(model, MergeConfig(requantize, tuple(active_adapters(model))))
     return model
 
 
 def merge_for_good(model: nn.Module, config: MergeConfig, data: Iterable[Any] | None = None) -> Edit:
     """Handler of MergeConfig."""
+    on, every = active_adapters(model), adapter_names(model)
+    if not config.names and len(every) > 1:
+        raise ValueError(f"MergeConfig: names is (), but the model has several adapters; choices: {every}")
     if not merged_layers(model):
-        merge(model, requantize=config.requantize)
+        _merge_these(model, config.names or on, config.requantize)
+    elif not set(config.names) <= set(on):
+        raise ValueError(f"MergeConfig: names is {config.names}, but {on} are merged; choices: unmerge(model) first")
     matched = merged_layers(model)
     for module in matched.values():
         module.__dict__.pop("_unmerged", None)  # several names may hold one module
@@ -131,6 +141,26 @@ def merge_for_good(model: nn.Module, config: MergeConfig, data: Iterable[Any] | 
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_json_string"):
         resolve("effkit.hf.adapters:say_merged")(model)
     return Edit(list(matched), None, "the adapters are part of the weights, and the original weights are gone")
+
+
+@torch.no_grad()
+def rebuild_merged(model: nn.Module, config: MergeConfig, data: Iterable[Any] | None = None) -> Edit:
+    """The same layers without values, which are loaded after this: those that are there are arbitrary, even NaN."""
+    for layer in adapted_layers(model).values():
+        for parameter in layer.parameters(recurse=False):
+            parameter.zero_()
+    return merge_for_good(model, config)
+
+
+def _merge_these(model: nn.Module, names: Sequence[str], requantize: bool) -> None:
+    """Merges adapters of these names; those that were on are on again if that fails."""
+    on = active_adapters(model)
+    activate(model, *names)
+    try:
+        merge(model, requantize=requantize)
+    except BaseException:
+        activate(model, *on)
+        raise
 
 
 @torch.no_grad()
