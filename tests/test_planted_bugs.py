@@ -81,6 +81,7 @@ VERA, SINGLORA = "effkit/peft/vera.py", "effkit/peft/singlora.py"
 LOW_RANK, DROPOUT, LOW_RANK_KERNEL, DROPOUT_KERNEL = (
     f"effkit/{name}.py" for name in ("peft/low_rank", "peft/_dropout", "kernels/low_rank", "kernels/_dropout")
 )
+GROUPED, GROUPED_KERNEL = "effkit/peft/grouped.py", "effkit/kernels/grouped_lora.py"
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
     Bug("decays summed in float32", RECURRENT, "g.double().cumsum(-1)", "g.cumsum(-1)", ("strong gates",), "ssd"),
@@ -471,6 +472,27 @@ BUGS = (
     Bug("nothing dropped", LOW_RANK_KERNEL, "views(x, factor, weight, base), scale, weight, bias, base, seed, dropout=",
         "views(x, factor, weight, base), scale, weight, bias, base, seed, dropout=0 * ", ("dropout",),
         "singlora_linear", "triton"),
+    *(
+        replace(bug, op="grouped_lora")
+        for bug in (
+            Bug("order not undone", GROUPED, "index_copy_(0, self.order, x)", "copy_(x)", ("decoding",)),
+            Bug("scale of the first adapter", GROUPED, "alpha=scales[e]", "alpha=scales[0]", ("unsorted",)),
+            Bug("only the last run trains", GROUPED, "da[e] += ds_own", "da[e] = ds_own", ("unsorted, many tokens",)),
+        )
+    ),
+    *(
+        replace(bug, op="grouped_lora", backend="triton")
+        for bug in (
+            Bug("rows without an adapter get the first", GROUPED_KERNEL, "tl.where(e == -1, E, E + 1)",
+                "tl.where(e == -1, 0, E + 1)", ("unsorted",)),
+            Bug("first tile of the group again", GROUPED_KERNEL, "(tile - tiles_end + tiles) * BLOCK_N", "0 * tiles",
+                ("one adapter",)),
+            Bug("last share not added", GROUPED_KERNEL, "range(SPLITS - 1)", "range(SPLITS - 2)",
+                ("decoding, deep",)),
+            Bug("last tiles of groups not computed", GROUPED_KERNEL, "min(B, E + 2) if T % BLOCK_N else 0", "0",
+                ("unsorted",)),
+        )
+    ),
 )  # fmt: skip
 
 
