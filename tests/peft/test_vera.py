@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +19,10 @@ from effkit.peft import (
     activate,
     adapters_of,
     disabled,
+    load_adapter,
     lora_linear,
     merge,
+    save_adapter,
     unmerge,
     vera_linear,
 )
@@ -309,6 +312,19 @@ def test_saved_and_loaded(make, ids, tmp_path):
     torch.save(model, stream)
     stream.seek(0)
     assert torch.equal(logits(torch.load(stream, weights_only=False), ids), expected)
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(in_features=64, out_features=99)])
+def test_adapter_files_without_projections(make, ids, tmp_path, sizes):
+    """They are drawn again; where the layers do not tell their sizes they are in the file all the same."""
+    model = make("llama")
+    effkit.apply(model, VeRAConfig(save_projection=False, **SEVEN, **sizes))
+    expected = logits(randomize(model), ids)
+    save_adapter(model, tmp_path)
+    assert ("base_model.vera_A" in load_file(tmp_path / "adapter_model.safetensors")) == bool(sizes)
+    other = make("llama")
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other, ids), expected)
 
 
 def test_layers_keep_the_inner_product_alone():

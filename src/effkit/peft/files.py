@@ -79,6 +79,8 @@ def save_adapter(
     if form is None or (as_lora and form is not LORA):
         config, parts, kept, form = *_as_lora(config, parts), {}, LORA
     paths = [path for path, part in parts.items() if not isinstance(part, TrainedCopy | TrainedBias)]
+    if not getattr(config, "save_projection", True) and not config.implied_by([parts[path] for path in paths]):
+        config = dataclasses.replace(config, save_projection=True)  # the format has no place for their sizes
     said = described(model, config, paths, form, kept)
     stored = {key: _stored(key, tensor, dtype) for key, tensor in _tensors(parts).items()}
     if getattr(config, "save_projection", False):  # exact in any file: the key gives them again

@@ -1,6 +1,6 @@
 """SingLoRA: low-rank adaptation with one matrix instead of two, which grows into the layer over the first steps.
 
-    W = W0 + (alpha / r) u(t) A A^T        u(t) = min(t / T, 1)        Bensaid et al., arXiv 2507.05566, equation 3
+    W = W0 + (alpha / r) u(t) A A^T        u(t) = min(t / T, 1)        Bensaid et al., arXiv 2507.05566
 
 t counts the optimizer's steps. For a layer from K to M features A is [P, R] with P = max(K, M), and the shorter side
 takes its first rows: W0 + (alpha / r) u(t) A[:M] A[:K]^T. A starts as noise, u(0) = 0 makes that harmless.
@@ -83,7 +83,7 @@ def singlora_linear(
 ) -> Tensor:
     """A linear layer with the product of a matrix and its own transpose beside it.
 
-        y = x weight^T + bias + scale * A[:M] (A[:K]^T drop(x))        arXiv 2507.05566, equations 3 and 6
+        y = x weight^T + bias + scale * A[:M] (A[:K]^T drop(x))        arXiv 2507.05566
 
     x [*N, K]       float16, bfloat16, float32 or float64
     factor [P, R]   A, P = max(K, M); any float dtype

@@ -402,7 +402,8 @@ class VeRAConfig(AdapterConfig):
     d_initial             what lambda_d starts from
     projection_prng_key   the seed that A and B are drawn from; those of peft with the same seed are the same bits
     dropout               share of a layer's inputs left out before A while training
-    save_projection       whether files hold A and B, too, besides the seed
+    save_projection       whether adapter files hold A and B besides the seed; those do in any case whose layers alone
+                          do not tell how large A and B are
     in_features           K_max, the width that A is drawn with; None is that of the widest target layer. The values of
                           both projections depend on it: give it, and out_features, where models or sets of target
                           layers are to share them
@@ -443,6 +444,11 @@ class VeRAConfig(AdapterConfig):
         for path, shape in shapes.items():
             projections.check(f"VeRAConfig: {path}", *shape)
         return projections
+
+    def implied_by(self, parts: list[VeRA]) -> bool:
+        """Whether the layers alone tell how large the projections are, as without in_features and out_features."""
+        largest = max(part.in_features for part in parts), max(part.out_features for part in parts)
+        return all((part.projections.in_features, part.projections.out_features) == largest for part in parts)
 
     def adapter(self, path: str, layer: Any, shared: Any) -> Adapter:
         return VeRA(
