@@ -90,7 +90,8 @@ class Remembered:
         memo = self._memos.get(tensors[0])
         if memo is None:
             memo = self._memos[tensors[0]] = Memo()
-        return memo(lambda *tensors: bool(self.question(*tensors)), *tensors)
+        with torch.no_grad():
+            return memo(lambda *tensors: bool(self.question(*tensors)), *tensors)
 
 
 @functools.cache

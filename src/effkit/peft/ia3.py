@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -196,9 +196,9 @@ class IA3Config(AdapterConfig):
         super().__post_init__()
         given = self.feedforward_modules
         if given is not None and not isinstance(given, str):
-            object.__setattr__(self, "feedforward_modules", tuple(sorted(given) if isinstance(given, set) else given))
-            if not all(isinstance(name, str) for name in given):
+            if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
                 raise TypeError(f"IA3Config: feedforward_modules is {given!r}, expected a tuple of names of modules")
+            object.__setattr__(self, "feedforward_modules", tuple(sorted(given) if isinstance(given, set) else given))
         if isinstance(self.feedforward_modules, tuple) and isinstance(self.target_modules, tuple):
             others = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if others:
