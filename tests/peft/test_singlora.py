@@ -179,6 +179,12 @@ class TestRamp:
         both = torch.optim.SGD([{"params": other.parameters()}, {"params": trained(model)}], 0.1)
         both.step()
         assert steps(model) == 1
+        for part in adapters_of(model, "default").values():  # as sharding does
+            part.singlora_A = nn.Parameter(part.singlora_A.detach().clone())
+        both.step()
+        assert steps(model) == 1
+        torch.optim.SGD(trained(model), 0.1).step()
+        assert steps(model) == 2
 
     def test_of_any_optimizer_that_calls_another(self):
         """Two torch optimizers inside each other are one step."""
