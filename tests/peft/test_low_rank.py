@@ -151,7 +151,9 @@ class TestKeeps:
 
     T, K, M, R = 50, 64, 96, 4
 
-    def kept(self, trained: str, dropout: float, backend: str, base: bool = False, wide: bool = True) -> int:
+    def kept(
+        self, trained: str, dropout: float, backend: str, base: bool = False, wide: bool = True, call: Any = lora
+    ) -> int:
         shapes = dict(x=(self.T, self.K), a=(self.R, self.K), b=(self.M, self.R), weight=(self.M, self.K))
         tensors = inputs(torch.bfloat16, **shapes, bias=(self.M,))
         tensors |= {name: tensors[name].float() for name in ("a", "b") if wide}
@@ -160,7 +162,7 @@ class TestKeeps:
         if base:
             tensors["base"] = F.linear(tensors["x"].detach(), tensors.pop("weight"), tensors.pop("bias"))
         parameters = tuple(tensor for name, tensor in tensors.items() if name not in ("x", "base"))
-        return Kept(parameters, lambda: lora(**tensors, dropout=dropout, backend=backend)).bytes
+        return Kept(parameters, lambda: call(**tensors, dropout=dropout, backend=backend)).bytes
 
     @fast
     @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -176,6 +178,14 @@ class TestKeeps:
         assert self.kept("xb", dropout, backend) == 2 * self.T * self.R
         assert self.kept("xa", dropout, backend) == 2 * self.T * self.K
         assert self.kept("x", dropout, backend) == 0
+
+    @fast
+    def test_compiled_code_keeps_no_more(self, backend: str) -> None:
+        """The mask is computed again there, too. (Master copies are kept rounded: R (K + M) numbers.)"""
+        torch._dynamo.reset()
+        compiled = torch.compile(lora, fullgraph=True, backend="aot_eager")
+        found = self.kept("xab", 0.1, backend, wide=False, call=compiled)
+        assert found == 2 * self.T * (self.K + self.R)
 
     def test_beside_four_bits(self) -> None:
         """QLoRA: what is packed, and the two."""
