@@ -15,7 +15,8 @@ def say_merged(model: PreTrainedModel) -> None:
     inputs: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is not None and inputs is not None and head.weight is not inputs.weight:
-        model.config.tie_word_embeddings = False
+        for config in (model.config, model.config.get_text_config(decoder=True)):  # either would tie them again
+            config.tie_word_embeddings = False
     quantized = any(quantized_weights(module) for module in model.modules())
     if not quantized and getattr(model.config, "quantization_config", None) is not None:
         say(model, None)
