@@ -460,7 +460,7 @@ BUGS = (
         for bug in (
             Bug("one vector forgotten", VERA, ".unsqueeze(1) * b * lambda_d.to(wide)", ".unsqueeze(1) * b",
                 ("primes",)),
-            Bug("gradient of the factor for that of b", VERA, "by_both = d_factor * b", "by_both = d_factor",
+            Bug("gradient of the factor for that of b", VERA, "(d_factor * b).to(wide)", "d_factor.to(wide)",
                 ("primes",)),
             Bug("gradient without the other vector", VERA, "(by_both @ lambda_d.to(wide))", "by_both.sum(1)",
                 ("primes",)),

@@ -56,14 +56,14 @@ class Adapter(nn.Module):
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.on, self.strength = True, 1.0
-        self.register_buffer("gate", torch.ones((), device=device), persistent=False)
+        self.register_buffer("gate", torch.ones((), device=device, dtype=torch.float32), persistent=False)
         self.register_parameter("bias", None)  # trained in the place of the layer's, see AdapterConfig.bias
 
     def switch(self, on: bool, strength: float | None = None) -> None:
         """Turns the adapter on or off, and sets its strength where one is given."""
         self.on, self.strength = on, self.strength if strength is None else strength
         with torch.inference_mode(False):
-            self.gate = torch.full((), self.strength if on else 0.0, device=self.gate.device)
+            self.gate = torch.full((), self.strength if on else 0.0, device=self.gate.device, dtype=torch.float32)
             self.refresh()
 
     def refresh(self) -> None:

@@ -41,7 +41,7 @@ class Scaled(Adapter):
     def __init__(self, scale: float, device: torch.device | str | None = None) -> None:
         super().__init__(device)
         self.scale = scale
-        self.register_buffer("gain", torch.full((), float(scale), device=device), persistent=False)
+        self.register_buffer("gain", torch.full((), float(scale), device=device, dtype=torch.float32), persistent=False)
 
     def refresh(self) -> None:
         self.gain = self.gate * self.scale
@@ -282,4 +282,4 @@ def generator_of(seed: int, path: str) -> torch.Generator:
 
 def _draw(parameter: Tensor, fill: Any) -> None:
     """Fills a parameter with values drawn on the CPU in float32: the same on every device and in every dtype."""
-    parameter.copy_(fill(torch.empty(parameter.shape)))
+    parameter.copy_(fill(torch.empty(parameter.shape, device="cpu", dtype=torch.float32)))

@@ -162,8 +162,8 @@ class SingLoRA(Adapter):
         self.steps.zero_()
         if not self.singlora_A.is_meta:
             bound = 1 / math.sqrt(max(1, len(self.singlora_A)))
-            drawn = torch.empty(self.singlora_A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.singlora_A.copy_(drawn)
+            drawn = torch.empty(self.singlora_A.shape, device="cpu", dtype=torch.float32)
+            self.singlora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
     def gain(self) -> Tensor:
         """(alpha / r) u(t), float32 []: a tensor, so that compiled code does not depend on the step."""

@@ -156,7 +156,7 @@ class _VeRALinear(torch.autograd.Function):
         dropout: float,
     ) -> tuple[Tensor, Tensor]:
         down = down_product(rows_of(x), a.to(x.dtype), gate, seed, dropout)
-        return added(x, down, second_factor(b, lambda_d, lambda_b), weight, bias, base)
+        return added(x, down, second_factor(b, lambda_d, lambda_b, x.dtype), weight, bias, base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -172,9 +172,9 @@ class _VeRALinear(torch.autograd.Function):
         return batched_pair(_VeRALinear.apply, info.batch_size, in_dims, inputs)
 
 
-def second_factor(b: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
-    """lambda_b[m] b[m, r] lambda_d[r] in float32 or wider: what LoRA calls B, if all scales are in it."""
-    wide = torch.promote_types(b.dtype, torch.float32)
+def second_factor(b: Tensor, lambda_d: Tensor, lambda_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """lambda_b[m] b[m, r] lambda_d[r], in float32 or wider: what LoRA calls B, if all scales are in it."""
+    wide = torch.promote_types(dtype, torch.float32)
     return lambda_b.to(wide).unsqueeze(1) * b * lambda_d.to(wide)
 
 
@@ -205,9 +205,10 @@ def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, 
         return (None,) * 11
     x, a, b, lambda_d, lambda_b, gate, weight, down, seed = ctx.saved_tensors
     of_x, _, _, of_d, of_b, _, *of_layer, _, _ = ctx.needs_input_grad
-    wide = torch.promote_types(b.dtype, torch.float32)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    factor = second_factor(b, lambda_d, lambda_b, dy.dtype) if of_x else None
     as_lora = SimpleNamespace(
-        saved_tensors=(x, a, second_factor(b, lambda_d, lambda_b) if of_x else None, gate, weight, down, seed),
+        saved_tensors=(x, a, factor, gate, weight, down, seed),
         needs_input_grad=(of_x, False, of_d or of_b, False, *of_layer, False, False),
         dtypes=(a if a is None else a.dtype, wide, *ctx.dtypes),
         stars=ctx.stars,
@@ -216,7 +217,7 @@ def gradients(of_up: Callable[..., Any], of_down: Callable[..., Any], ctx: Any, 
     dx, _, d_factor, _, dweight, dbias, dbase, *_ = lora_gradients(of_up, of_down, as_lora, dy)
     d_lambda_d = d_lambda_b = None
     if d_factor is not None:
-        by_both = d_factor * b  # [M, R]
+        by_both = (d_factor * b).to(wide)  # [M, R]
         d_lambda_d = (lambda_b.to(wide) @ by_both).to(lambda_d.dtype) if of_d else None
         d_lambda_b = (by_both @ lambda_d.to(wide)).to(lambda_b.dtype) if of_b else None
     return dx, None, None, d_lambda_d, d_lambda_b, None, dweight, dbias, dbase, None, None
@@ -290,7 +291,8 @@ class Projections(nn.Module):
     @torch.inference_mode(False)
     def _drawn(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A and B as the key gives them; without values on the meta device."""
-        a = torch.empty(self.rank, self.in_features, device="meta" if device.type == "meta" else "cpu")
+        where = "meta" if device.type == "meta" else "cpu"
+        a = torch.empty(self.rank, self.in_features, device=where, dtype=torch.float32)
         b = a.new_empty(self.out_features, self.rank)
         if not a.is_meta:
             generator = torch.Generator().manual_seed(self.key)
@@ -298,6 +300,7 @@ class Projections(nn.Module):
                 nn.init.kaiming_uniform_(projection, generator=generator)
         return a.to(device), b.to(device)
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projections:
         """Moves both, but never casts them; where the model leaves the meta device they are drawn."""
         device = fn(self.vera_A.new_empty(0)).device
