@@ -11,12 +11,15 @@ from torch.utils.checkpoint import checkpoint
 import effkit
 from effkit.ops import INTERPRET, get_op
 from effkit.peft import (
+    DoRAConfig,
     LoRAConfig,
+    SingLoRAConfig,
     VeRAConfig,
     activate,
     active_adapters,
     adapter_rows,
     adapters_of,
+    advance_ramp,
     disabled,
     grouped_lora,
     lora_linear,
@@ -480,15 +483,24 @@ class TestModels:
                 )
         assert counter.frame_count == 1
 
-    def test_quantised_layers_and_vera(self, make, five):
-        """Any layer, any adapter with factors: NF4 below, LoRA in one row and VeRA in another."""
+    def test_any_layers_and_any_adapters_with_factors(self, make, five):
+        """Layers in four bits, and rows with LoRA, VeRA and SingLoRA."""
         model = make("llama", hidden_size=64, intermediate_size=64)
         effkit.apply(model, NF4Config(block_size=32))
         effkit.apply(model, LoRAConfig(rank=3, target_modules="all-linear", init="random", name="lora"))
         effkit.apply(model, VeRAConfig(rank=6, target_modules=("q_proj", "v_proj"), name="vera"))
+        effkit.apply(model, SingLoRAConfig(rank=4, ramp_steps=10, target_modules=("k_proj",), name="single"))
         for part in adapters_of(model, "vera").values():
             part.vera_lambda_b.data.fill_(0.5)
-        assert_rows_are_alone(model, five, ["vera", "lora", None, "vera", "lora"])
+        advance_ramp(model, 4)
+        names = ["vera", "lora", None, "single", "lora"]
+        assert_rows_are_alone(model, five, names)
+        with torch.no_grad(), adapter_rows(model, names):
+            before = model(five).logits
+            advance_ramp(model)
+            after = model(five).logits
+        assert not torch.equal(before[3], after[3])
+        assert torch.equal(before[[0, 1, 2, 4]], after[[0, 1, 2, 4]])
 
 
 @pytest.mark.skipif(INTERPRET, reason="of models, not of kernels")
@@ -510,6 +522,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
+            (DoRAConfig(rank=2, target_modules=("q_proj",), name="a"), "in model.layers.0.self_attn.q_proj: DoRA has"),
             (LoRAConfig(rank=2, target_modules=("embed_tokens",), name="a"), "in model.embed_tokens: .*embedding"),
             (LoRAConfig(rank=2, update_bias=True, name="a"), "adapter 'a' has a bias in model.layers.0"),
             (LoRAConfig(rank=2, modules_to_save=("lm_head",), name="a"), "in lm_head: TrainedCopy has no factors"),

@@ -103,31 +103,33 @@ def adapter_rows(
 
     All layers must get the batch along their first axis. Adapters may differ in rank and in which layers they have.
     They need factors: LoRA, VeRA and SingLoRA in linear layers have them, DoRA, (IA)^3, embeddings, trained biases and
-    copies of modules have not. Which adapters are on does not matter, and is as before afterwards. With activation
-    checkpointing the backward pass belongs into the block, too.
+    copies of modules have not. Within the block the adapters of the rows are on, afterwards those that were before: do
+    not `activate` others meanwhile. With activation checkpointing the backward pass belongs into the block, too, and
+    with SingLoRA, whose ramp counts the steps of adapters that are on, the optimizer's step.
 
     Raises ValueError or TypeError for rows, names and adapters that do not fit. While it lasts, a layer raises
     ValueError for another number of rows, and where an adapter in training mode has dropout.
     """
     refuse_merged(model, "adapter_rows")
     rows, names = _as_tensor(rows, names)
+    parts = [adapter for name in names for adapter in adapters_of(model, name).values()]
     layers = adapted_layers(model)
-    used = [adapter for name in names for adapter in adapters_of(model, name).values()]
     for path, layer in layers.items():
         for name in names:
             if name in layer.adapters:
                 _check_adapter(path, name, layer.adapters[name])
-    switches = [(adapter, adapter.on) for adapter in used]
-    before = {path: layer.rows for path, layer in layers.items()}
-    for adapter in used:
-        adapter.switch(True)
-    for layer in layers.values():
-        layer.rows = _Rows(layer, rows, names)
+    now = [(layer, _Rows(layer, rows, names)) for layer in layers.values()]
+    before = [(layer, layer.rows) for layer in layers.values()]
+    switches = [(adapter, adapter.on) for adapter in parts]
     try:
+        for adapter in parts:
+            adapter.switch(True)
+        for layer, own in now:
+            layer.rows = own
         yield model
     finally:
-        for path, layer in layers.items():
-            layer.rows = before[path]
+        for layer, own in before:
+            layer.rows = own
         for adapter, on in switches:
             adapter.switch(on)
 
@@ -161,8 +163,9 @@ class _Rows:
 def _stacked(adapters: list[Adapter], dtype: torch.dtype, kept: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Factors [E, R, K] and [E, M, R], lower ranks padded with zeros, and scales; made once if nothing is trained."""
     once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    source = [tensor for adapter in adapters for tensor in (adapter.gate, *adapter.parameters())] if once else []
-    stamp = [dtype, *((id(x), x.data_ptr(), None if x.is_inference() else x._version) for x in source)]
+    source = [x for adapter in adapters for x in (*adapter.buffers(), *adapter.parameters())] if once else []
+    stamp: list[Any] = [dtype, *(adapter.training for adapter in adapters)]
+    stamp += [(id(x), x.data_ptr(), None if x.is_inference() else x._version) for x in source]
     if once and kept.get("stamp") == stamp:
         return kept["stacked"]
     factors = [adapter.factors() for adapter in adapters]
