@@ -266,11 +266,13 @@ class _Ramps:
         self.counted: weakref.WeakKeyDictionary[SingLoRA, int] = weakref.WeakKeyDictionary()
         self.started: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
         self.starts = 0
+        self.hooked = False
 
     def watch(self, adapter: SingLoRA) -> None:
-        if not self.adapters and not self.starts:
+        if not self.hooked:
             register_optimizer_step_pre_hook(self.start)
             register_optimizer_step_post_hook(self.end)
+            self.hooked = True
         self.adapters.add(adapter)
 
     def start(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -285,7 +287,7 @@ class _Ramps:
         for adapter in self.adapters:
             factor = adapter.singlora_A  # FSDP2 puts another parameter in the place of the first: looked up each time
             trained = adapter.on and factor.requires_grad and id(factor) in held
-            if trained and self.counted.get(adapter, 0) < self.started[optimizer]:
+            if trained and self.counted.get(adapter, 0) < self.started.get(optimizer, 0):
                 self.counted[adapter] = self.starts
                 adapter.steps += 1 if skipped is None else (skipped == 0).to(adapter.steps)
 
