@@ -97,6 +97,20 @@ def test_quantised_weights_take_less_and_lose_little(whole):
     assert all(row["largest_logit_difference"] > 0 for row in rows)
 
 
+def test_adapters_learn_a_kind_of_text(whole):
+    """Two steps are enough to see that they do; the formulas of what they train."""
+    result, data = whole
+    lora, singlora, vera = data["adapters"]
+    layers = 6 * [(256, 256), (256, 128), (256, 128), (256, 256), (256, 704), (256, 704), (704, 256)]
+    assert lora["trainable"] == 8 * sum(inputs + outputs for inputs, outputs in layers)
+    assert singlora["trainable"] == 8 * sum(map(max, layers))
+    assert vera["trainable"] == sum(256 + outputs for _, outputs in layers)
+    before = zoo.bits_per_byte(zoo.load_model(), zoo.heldout_batches(4, kind="tree"))
+    for line in (lora, singlora, vera):
+        assert line["bits_per_byte_before"] == before > line["bits_per_byte"]
+        assert f"{line['bits_per_byte']:.3f}" in result.stdout and line["adapter"] in result.stdout
+
+
 def test_rows_start_from_a_fresh_model_and_json_alone_goes_to_stdout(whole, monkeypatch):
     baseline, grouped = demo.ROWS[0], next(row for row in demo.ROWS if row.heals)
     monkeypatch.setattr(demo, "ROWS", (grouped, baseline))
@@ -110,6 +124,7 @@ def test_rows_start_from_a_fresh_model_and_json_alone_goes_to_stdout(whole, monk
         assert {key: line[key] for key in line if "second" not in key} == {
             key: before[key] for key in before if "second" not in key
         }
+    assert data["adapters"] == whole[1]["adapters"]
     (task,) = bars[0].tasks
     assert task.completed == task.total
 
@@ -135,6 +150,13 @@ def test_table_fits_80_columns():
     table = [text for text in shown if re.search(r" 17\.97 ", text)]
     assert len(table) == 2 and all(f"{longest} " in text or "healed, 100 steps" in text for text in table)
     assert all(text.endswith("12") for text in table)
+    adapted = demo.Adapted(
+        max((row.name for row in demo.ADAPTERS), key=len), 4_492_800, 123_456_789, 12.3456, 1.0, 1e-5
+    )
+    file = io.StringIO()
+    demo._print_adapters(Console(file=file, width=80, markup=False, highlight=False), [adapted], demo.FULL)
+    shown = file.getvalue().splitlines()
+    assert max(map(len, shown)) <= 80 and shown[-1].endswith("1e-05")
 
 
 def test_control_characters_are_shown_escaped():

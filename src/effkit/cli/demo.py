@@ -1,7 +1,8 @@
 """effkit demo: each technique on a small trained language model and real text, one line each, in under three minutes.
 
 A technique gets its line from an entry of ROWS. Every row starts from a fresh copy of the model; a row that heals is
-shown twice, as it comes out of the change and after a short training, the same for all.
+shown twice, as it comes out of the change and after a short training, the same for all. Adapters have a table of their
+own, from ADAPTERS, since their point is another kind of text.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from effkit.change import Change, ChangeConfig
 from effkit.cli import output
 from effkit.cli.arguments import find_device
 from effkit.norm import DyTConfig
+from effkit.peft import LoRAConfig, SingLoRAConfig, VeRAConfig
 from effkit.quant import FP8Config, NF4Config, quantization_report
 
 PROMPT = 'def read_lines(path):\n    """Return'
@@ -54,16 +56,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class AdapterRow:
+    """One kind of adapter, and the learning rate it is trained with."""
+
+    name: str
+    config: ChangeConfig
+    lr: float
+
+
+@dataclass(frozen=True)
 class Effort:
     """How much is computed: held-out windows per measurement, steps of a healing and windows per step.
 
-    distill_steps are those steps of a healing that are spent on single modules, in rows that distill.
+    distill_steps are those steps of a healing that are spent on single modules, in rows that distill; adapt_steps the
+    steps that an adapter is trained for.
     """
 
     windows: int
     heal_steps: int
     distill_steps: int
     heal_rows: int
+    adapt_steps: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,18 @@ class Measured:
     decode_tokens_per_second: float
     largest_logit_difference: float
     sample: str
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One line of the table of adapters. saved_bytes: what a training step keeps for its backward pass."""
+
+    adapter: str
+    trainable: int
+    saved_bytes: int
+    bits_per_byte_before: float
+    bits_per_byte: float
+    largest_logit_difference_merged: float
 
 
 def changed_by(config: ChangeConfig) -> Callable[[nn.Module], Change]:
@@ -114,8 +139,13 @@ ROWS = (
     Row("FP4 weights", changed_by(NF4Config(quant_type="fp4"))),
     Row("INT4 weights", changed_by(NF4Config(quant_type="int4"))),
 )
-FULL = Effort(windows=32, heal_steps=40, distill_steps=16, heal_rows=2)
-QUICK = Effort(windows=4, heal_steps=2, distill_steps=1, heal_rows=2)
+ADAPTERS = (
+    AdapterRow("LoRA, rank 8", LoRAConfig(rank=8, alpha=16, target_modules="all-linear"), 1e-2),
+    AdapterRow("SingLoRA, rank 8", SingLoRAConfig(alpha=16, ramp_steps=5, target_modules="all-linear"), 1e-2),
+    AdapterRow("VeRA, rank 256", VeRAConfig(target_modules="all-linear"), 1e-1),
+)
+FULL = Effort(windows=32, heal_steps=40, distill_steps=16, heal_rows=2, adapt_steps=15)
+QUICK = Effort(windows=4, heal_steps=2, distill_steps=1, heal_rows=2, adapt_steps=2)
 
 
 def run(json: str | None = None, quick: bool = False, device: str | None = None) -> None:
@@ -132,9 +162,12 @@ def run(json: str | None = None, quick: bool = False, device: str | None = None)
     with _quiet_transformers(), output.progress() as progress:
         bench = _Bench(effort, where, progress)
         measured = [line for row in ROWS for line in bench.measure_row(row)]
+        adapted = [bench.adapt(row) for row in ADAPTERS]
     seconds = time.perf_counter() - start
     _print_rows(console, measured, seconds)
-    output.write_json(json, {**_conditions(effort, where, seconds), "rows": [asdict(line) for line in measured]})
+    _print_adapters(console, adapted, effort)
+    lines = {"rows": [asdict(line) for line in measured], "adapters": [asdict(line) for line in adapted]}
+    output.write_json(json, {**_conditions(effort, where, seconds), **lines})
 
 
 class _Bench:
@@ -142,11 +175,14 @@ class _Bench:
 
     def __init__(self, effort: Effort, device: torch.device, progress: Progress) -> None:
         self.effort, self.device, self.progress = effort, device, progress
-        self.task = progress.add_task("loading model and text", total=sum(_work(row, effort) for row in ROWS))
+        total = sum(_work(row, effort) for row in ROWS) + len(ADAPTERS) * _adapter_work(effort)
+        self.task = progress.add_task("loading model and text", total=total)
         self.model = zoo.load_model(attn_implementation="sdpa").to(device)  # type: ignore[arg-type]
         self.tokenizer: Any = zoo.load_tokenizer()
         self.heldout = zoo.heldout_batches(effort.windows)
         self.training = zoo.training_batches(effort.heal_steps, effort.heal_rows)
+        self.trees = zoo.training_batches(effort.adapt_steps, _TREE_ROWS, _TREE_LENGTH, kind="tree")
+        self.heldout_trees = zoo.heldout_batches(_TREE_WINDOWS, kind="tree")
         self.logits = self._logits(self.model)
         self._sample(self.model)  # the first generation of a process is slow
 
@@ -159,6 +195,17 @@ class _Bench:
         if row.heals:
             self._heal(row, model, change)
             yield self._measure(row.name, len(self.training), model)
+
+    def adapt(self, row: AdapterRow) -> Adapted:
+        """The line of an adapter."""
+        self._advance(0, f"{row.name}: adapting to syntax trees")
+        model = copy.deepcopy(self.model)
+        effkit.apply(model, row.config)
+        result = zoo.adapt(model, self.trees, self.heldout_trees, lr=row.lr, every=len(self.trees))
+        self._advance(_adapter_work(self.effort))
+        before, after = result.curve.values()
+        assert result.merge_error is not None
+        return Adapted(row.name, result.trainable, result.saved_bytes, before, after, result.merge_error)
 
     def _heal(self, row: Row, model: nn.Module, change: Change | None) -> None:
         """Trains on the same batches in every row; in one that distills, on the first of them only the new modules."""
@@ -208,12 +255,18 @@ class _Bench:
 
 
 _SAMPLE_WORK = 12  # windows that could be read in the time of one sample, about
+_TREE_ROWS, _TREE_LENGTH, _TREE_WINDOWS = 2, 128, 4
 
 
 def _work(row: Row, effort: Effort) -> int:
     """What a row costs, in windows passed forward; a training step costs about three of them per window."""
     measure = effort.windows + _SAMPLE_WORK
     return measure + (3 * effort.heal_rows * effort.heal_steps + measure if row.heals else 0)
+
+
+def _adapter_work(effort: Effort) -> int:
+    """The same for an adapter: two measurements, and steps on windows of a quarter of the length."""
+    return 2 * _TREE_WINDOWS + 3 * _TREE_ROWS * effort.adapt_steps // 4
 
 
 def _introduction(effort: Effort) -> str:
@@ -252,6 +305,34 @@ def _print_rows(console: Console, measured: list[Measured], seconds: float) -> N
         f"({seconds:.0f} s in all). What the rows show: docs/demo.md. That every fast path equals its equation here: "
         "effkit verify."
     )
+
+
+def _print_adapters(console: Console, adapted: list[Adapted], effort: Effort) -> None:
+    console.print(
+        f"\nAdapters, trained for {effort.adapt_steps} steps on {_TREE_ROWS} windows of {_TREE_LENGTH} bytes of "
+        "syntax trees, which the model has never read, and measured on those of held-out modules. All other weights "
+        "are frozen. What a longer training shows: docs/adapter_training.md.\n"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("adapter", no_wrap=True)
+    for head in (
+        "trained\nnumbers",
+        "kept for\nbackward, MB",
+        "bits per\nbyte before",
+        "after",
+        "merging moves\nlogits by",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in adapted:
+        table.add_row(
+            line.adapter,
+            f"{line.trainable:,}",
+            f"{line.saved_bytes / 1e6:.1f}",
+            f"{line.bits_per_byte_before:.3f}",
+            f"{line.bits_per_byte:.3f}",
+            f"{line.largest_logit_difference_merged:.1g}",
+        )
+    console.print(table)
 
 
 def _title(line: Measured) -> str:
