@@ -156,30 +156,21 @@ def format_of_file(said: Mapping[str, Any], where: str) -> Format:
         )
     for key in sorted(said.keys() - form.keys - {*NOTES, *form.off}):
         if said[key]:
-            warnings.warn(f"{where}: {key} is {said[key]!r}, which means nothing here", stacklevel=4)
+            warnings.warn(f"{where}: {key} is {said[key]!r}, which means nothing here", stacklevel=3)
     return form
 
 
-def config_of(said: Mapping[str, Any], form: Format, model: nn.Module, where: str, **values: Any) -> AdapterConfig:
+def config_of(said: Mapping[str, Any], form: Format, model: nn.Module, **values: Any) -> AdapterConfig:
     """The config that a file describes; values are further fields."""
-    kind = resolve(form.config)
-    ours = {field.name for field in dataclasses.fields(kind)}
     if form.type == "LORA":
         said = {"lora_alpha": 8, **said}  # peft's default, where the field's is that of the rank
-    for field, key in form.fields.items():
-        value = said.get(key)
-        if field in ours and value is not None:
-            values[field] = _tuple(value)
-        elif value:
-            raise ValueError(f"{where}: {key} is {value!r}, which {kind.__name__} does not have")
-    for key in ("target_modules", *form.scope):
-        if said.get(key) is not None:
-            values[key] = _tuple(said[key])
+    names = {**form.fields, "target_modules": "target_modules", **{key: key for key in form.scope}}
+    values |= {field: _tuple(said[key]) for field, key in names.items() if said.get(key) is not None}
     # For classifiers peft names the usual heads, whether the model has them or not. What is missing the tensors tell.
     paths = [path for path, _ in own_modules(model)]
     saved = tuple(end for end in said.get("modules_to_save") or () if any(path.endswith(end) for path in paths))
     bias = said.get("bias") or "none"
-    return kind(**values, modules_to_save=saved, bias="lora_only" if bias == form.bias else bias)
+    return resolve(form.config)(**values, modules_to_save=saved, bias="lora_only" if bias == form.bias else bias)
 
 
 def described(model: nn.Module, config: Any, paths: list[str], form: Format, kept: Mapping[str, Any]) -> dict[str, Any]:

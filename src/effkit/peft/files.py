@@ -123,7 +123,7 @@ def load_adapter(
     if {"base_model.vera_A", "base_model.vera_B"} <= found.keys():
         values["in_features"] = found["base_model.vera_A"].shape[-1]
         values["out_features"] = found["base_model.vera_B"].shape[0]
-    change: Any = apply(model, config_of(said, form, model, where, **values))
+    change: Any = apply(model, config_of(said, form, model, **values))
     try:
         parts = adapters_of(model, name)
         _fill(model, folder, parts, found)
