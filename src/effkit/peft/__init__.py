@@ -16,6 +16,7 @@ from effkit.peft.engine import (
 from effkit.peft.files import load_adapter, save_adapter
 from effkit.peft.grouped import adapter_rows, grouped_lora
 from effkit.peft.ia3 import IA3, IA3Config, ia3_linear
+from effkit.peft.loftq import LoftQ, apply_loftq, loftq_factors
 from effkit.peft.lora import LoRA, LoRAConfig, LoRAEmbedding
 from effkit.peft.lora_plus import lora_plus_optimizer, lora_plus_param_groups
 from effkit.peft.low_rank import lora_linear
@@ -34,6 +35,7 @@ __all__ = [
     "LoRA",
     "LoRAConfig",
     "LoRAEmbedding",
+    "LoftQ",
     "MergeConfig",
     "MergeReport",
     "SingLoRA",
@@ -46,6 +48,7 @@ __all__ = [
     "adapter_rows",
     "adapters_of",
     "advance_ramp",
+    "apply_loftq",
     "delete_adapter",
     "disabled",
     "dora_linear",
@@ -54,6 +57,7 @@ __all__ = [
     "ia3_linear",
     "is_merged",
     "load_adapter",
+    "loftq_factors",
     "lora_linear",
     "lora_plus_optimizer",
     "lora_plus_param_groups",

@@ -250,7 +250,11 @@ class NF4Linear(nn.Linear):
         shape = (self.out_features, self.in_features)
         if dense.shape != shape:
             raise ValueError(f"NF4Linear.quantize_: dense has shape {list(dense.shape)}, expected {list(shape)}")
-        q = _QUANTIZE[self.quant_type](dense, self.block_size, self.double_quant)
+        self.store_(_QUANTIZE[self.quant_type](dense, self.block_size, self.double_quant))
+
+    @torch.no_grad()
+    def store_(self, q: Quantized4bit) -> None:
+        """Takes over a weight that is in four bits already, in this layer's shape and format."""
         self.weight.copy_(q.packed.view_as(self.weight))
         self.weight_absmax.copy_(q.absmax.view_as(self.weight_absmax))
         if q.nested is not None and self.weight_nested_absmax is not None and self.weight_nested_offset is not None:
