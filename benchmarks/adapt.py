@@ -25,9 +25,7 @@ import torch
 import effkit
 from effkit import bench, zoo
 from effkit.change import ChangeConfig
-from effkit.peft import LoRAConfig, SingLoRAConfig, VeRAConfig
-from effkit.peft.dora import DoRAConfig
-from effkit.peft.ia3 import IA3Config
+from effkit.peft import DoRAConfig, IA3Config, LoRAConfig, SingLoRAConfig, VeRAConfig
 from effkit.quant import NF4Config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -71,8 +71,7 @@ def main() -> None:
     from peft.optimizers import create_loraplus_optimizer
 
     import effkit
-    from effkit.peft import LoRAConfig, VeRAConfig, lora_plus_optimizer
-    from effkit.peft.dora import DoRAConfig
+    from effkit.peft import DoRAConfig, LoRAConfig, VeRAConfig, lora_plus_optimizer
 
     targets = ("q_proj", "embed_tokens")
     saved = ("lm_head", "norm")

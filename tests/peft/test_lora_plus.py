@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 import effkit
 from effkit.peft import (
+    DoRAConfig,
+    IA3Config,
     LoRAConfig,
+    SingLoRAConfig,
+    VeRAConfig,
     lora_plus_optimizer,
     lora_plus_param_groups,
     set_trainable,
 )
-from effkit.peft.singlora import SingLoRAConfig
-from effkit.peft.vera import VeRAConfig
 
 RATES = {"A": 1e-3, "A_no_decay": 1e-3, "embedding": 1e-6, "B": 1.6e-2, "B_no_decay": 1.6e-2}
 
@@ -97,6 +99,11 @@ def test_groups_of_lora():
     [
         (VeRAConfig(rank=3, target_modules=("head",)), {"vera_lambda_d": "A", "vera_lambda_b": "B"}),
         (SingLoRAConfig(rank=3, target_modules=("head",)), {"singlora_A": "A"}),
+        (IA3Config(target_modules=("head",), feedforward_modules=()), {"ia3_l": "A_no_decay"}),
+        (
+            DoRAConfig(rank=3, target_modules=("head",)),
+            {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "B_no_decay"},
+        ),
         (LoRAConfig(rank=3, target_modules=("head",), train_a=False), {"lora_B": "B"}),
     ],
     ids=lambda value: type(value).__name__,
