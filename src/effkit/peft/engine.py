@@ -83,14 +83,9 @@ class Adapter(nn.Module):
         return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        """Moves everything, but casts no number such as the gate: it is as exact as it is small."""
-        numbers = {id(buffer) for buffer in self._buffers.values() if buffer is not None and buffer.ndim == 0}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in numbers and moved.dtype != tensor.dtype else moved
-
-        super()._apply(move, recurse)
+        """Moves everything and makes the gate anew: a cast would round it, `to_empty` leaves it without a value."""
+        super()._apply(fn, recurse)
+        self.switch(self.on)
         return self
 
 
