@@ -238,7 +238,7 @@ def up_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of down (before scale and division by the probability) where b is given, and of b where down is."""
     d_down = None if b is None else (dy @ b.to(dy.dtype)).mul_(factor(scale, dy, dropout))
-    return d_down, None if down is None else dy.T @ down
+    return d_down, None if down is None else (down.T @ dy).T  # faster than dy.T @ down, which walks dy across its rows
 
 
 def down_gradients(
