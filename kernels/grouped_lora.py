@@ -117,33 +117,39 @@ def _grouped_lora_shrink(
     tl.store(s_ptr + r[None, :], cast(acc, s_ptr.dtype.element_ty), mask=ok)
 
 
-# One program owns BLOCK_N positions of one group x BLOCK_C channels: it reads their S and base once and writes
-# base + scale * S f^T. Rows without an adapter are those of base bit for bit, or 0 where there is no base.
-@triton.jit(do_not_specialize=["B", "T", "E"])
+# One program owns BLOCK_N positions of one group and a stripe of the channels: it reads their S and base once and
+# writes base + scale * S f^T, BLOCK_C channels at a time. S stays in registers: the wider the stripe, the fewer
+# programs read it and look for their tile. Rows without an adapter are those of base bit for bit, or 0 without a base.
+@triton.jit(do_not_specialize=["B", "T", "E", "n_stripes"])
 def _grouped_lora_expand(
     base_ptr, s_ptr, f_ptr, scale_ptr, plan_ptr, y_ptr,
-    stride_bb, stride_bt, stride_fe, stride_fc, stride_fr, B, T, C, R, E,
+    stride_bb, stride_bt, stride_fe, stride_fc, stride_fr, B, T, C, R, E, n_stripes,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(C, BLOCK_C)
-    group, first, end = _find_tile(plan_ptr, tl.program_id(0) // n_tiles, B, T, E, BLOCK_N, BLOCK_E)
+    group, first, end = _find_tile(plan_ptr, tl.program_id(0), B, T, E, BLOCK_N, BLOCK_E)
     position = first + tl.arange(0, BLOCK_N)
     row, t = _tokens(plan_ptr, position, end, T)
-    c = tl.program_id(0) % n_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     s = _hidden(s_ptr, row, t, position < end, r, B, T, R, SPLITS, dtype)
-    channels = tl.where(group < E, C, 0)  # of the factor: none where there is no adapter
-    f = _factor(f_ptr + group.to(tl.int64) * stride_fe, c, r, channels, R, stride_fc, stride_fr, dtype)
-    y = dot(s, f.T)
+    scale = 1.0
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + group, mask=group < E, other=0.0).to(tl.float32)
-    ok = (position < end)[:, None] & (c < C)[None, :]
+        scale = tl.load(scale_ptr + group, mask=group < E, other=0.0).to(tl.float32)
+    f_ptr += group.to(tl.int64) * stride_fe
+    y_ptr += (row * T + t)[:, None] * C
     if base_ptr is not None:
-        base_at = (row * stride_bb + t.to(tl.int64) * stride_bt)[:, None] + c[None, :]
-        base = tl.load(base_ptr + base_at, mask=ok, other=0.0).to(tl.float32)
-        y = tl.where(group < E, base + y, tl.where(group == E, base, float("nan")))
-    tl.store(y_ptr + (row * T + t)[:, None] * C + c[None, :], cast(y, dtype), mask=ok)
+        base_ptr += (row * stride_bb + t.to(tl.int64) * stride_bt)[:, None]
+    stripe = tl.cdiv(tl.cdiv(C, BLOCK_C), n_stripes) * BLOCK_C
+    begin = tl.program_id(1) * stripe
+    for start in range(begin, tl.minimum(begin + stripe, C), BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        channels = tl.where(group < E, C, 0)  # of the factor: none where there is no adapter
+        y = scale * dot(s, _factor(f_ptr, c, r, channels, R, stride_fc, stride_fr, dtype).T)
+        ok = (position < end)[:, None] & (c < C)[None, :]
+        if base_ptr is not None:
+            base = tl.load(base_ptr + c[None, :], mask=ok, other=0.0).to(tl.float32)
+            y = tl.where(group < E, base + y, tl.where(group == E, base, float("nan")))
+        tl.store(y_ptr + c[None, :], cast(y, dtype), mask=ok)
 
 
 # One program owns BLOCK_C channels of one adapter's factor and a share of its positions: it adds up
@@ -204,6 +210,9 @@ _TILES = {
     )
 }
 _INTERPRETED = Tile(32, 128, 4, 1)  # several tiles at the sizes of tests
+# Programs that expand, for each multiprocessor, before their stripes are made wider; few in the interpreter, so that
+# the stripes of tests are.
+_PROGRAMS = 2 if INTERPRET else 8
 _PLANNED = 64  # rows of one program of the plan
 
 
@@ -279,10 +288,12 @@ def _expand(
     if y.numel():
         base = None if base is None else unit_stride(base)
         (B, T, C), (E, _, R), tile = y.shape, factor.shape, _tile(y, s.shape[-1])
+        tiles = _tiles(y, E, tile.BLOCK_N)
+        stripes = min(triton.cdiv(C, tile.BLOCK_C), triton.cdiv(_PROGRAMS * multiprocessors(y.device), tiles))
         with torch.cuda.device_of(y):
-            _grouped_lora_expand[(_tiles(y, E, tile.BLOCK_N) * triton.cdiv(C, tile.BLOCK_C),)](
+            _grouped_lora_expand[tiles, stripes](
                 base, s, factor, scale, plan, y,
-                *((0, 0) if base is None else base.stride()[:2]), *factor.stride(), B, T, C, R, E,
+                *((0, 0) if base is None else base.stride()[:2]), *factor.stride(), B, T, C, R, E, stripes,
                 SPLITS=len(s), BLOCK_R=_block_r(R), BLOCK_E=_block_e(E), **tile._asdict(),
             )  # fmt: skip
     return y
