@@ -257,12 +257,17 @@ def add_adapter(model: nn.Module, config: AdapterConfig, data: Iterable[Any] | N
     """Handler of the configs: adds an adapter to a model and turns the others off."""
     kind, name = type(config).__name__, config.name
     refuse_merged(model, kind)
+    refuse_sharded(model, kind, "apply, or load_adapter, before fully_shard: gradients would not be shared")
+    _refuse_parallel(model, kind)
     if name in adapter_names(model):
         raise ValueError(f"{kind}: name is {name!r}, which the model has already; it has {adapter_names(model)}")
     layers = find_targets(model, config, config.usual_targets)
     shared = config.shared(model, layers)
     made: dict[str, Adapter] = {path: config.adapter(path, layer, shared) for path, layer in layers.items()}
     for path, module in find_saved(model, config.modules_to_save).items():
+        target = next((target for target in layers if f"{target}.".startswith(f"{path}.")), None)
+        if target is not None:
+            raise ValueError(f"{kind}: {target} is a target, but {path} is trained as a whole: see modules_to_save")
         made[path] = TrainedCopy(module)
     _add_biases(model, config, made)
     _check_places(model, made)
@@ -438,6 +443,22 @@ def _adapt(layer: Any, name: str, adapter: Adapter) -> None:
         layer.__class__ = adapted_class(type(layer))
         layer.adapters = nn.ModuleDict()
     layer.adapters[name] = adapter
+
+
+def refuse_sharded(model: nn.Module, what: str, choices: str) -> None:
+    """RuntimeError where parameters are in parts, on several processes."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise RuntimeError(f"{what}: {name} is sharded over several processes; choices: {choices}")
+
+
+def _refuse_parallel(model: nn.Module, what: str) -> None:
+    """DistributedDataParallel shares the gradients of those parameters alone that it found when it was made."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise TypeError(
+            f"{what}: the model is in DistributedDataParallel, which would not share gradients of new parameters; "
+            "apply to the model itself, before that is made"
+        )
 
 
 def _check_places(model: nn.Module, made: dict[str, Adapter]) -> None:

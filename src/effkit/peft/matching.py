@@ -164,6 +164,10 @@ USUAL_TARGETS: dict[str, tuple[str, ...] | str] = {
         qkv_proj="codegen",
         q_proj__v_proj__fc1__fc2="phi",
         q_proj__k_proj__v_proj__o_proj="nemotron_h",
+        q__v__q_proj__v_proj="blip-2",
+        c_attn__c_proj="btlm",
+        key__value__receptance__output="rwkv",
+        r_proj__k_proj__v_proj__o_proj__key__value="rwkv7",
     ),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }

@@ -18,10 +18,10 @@ Two configs share projections only if seed, rank and widest layer agree: growing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from effkit.peft.low_rank import (
     up_gradients,
 )
 from effkit.peft.low_rank import gradients as lora_gradients
+from effkit.peft.matching import USUAL_TARGETS
 from effkit.quant.nf4_linear import as_autocast
 
 
@@ -423,6 +424,7 @@ class VeRAConfig(AdapterConfig):
     save_projection: bool = True
     in_features: int | None = None
     out_features: int | None = None
+    usual_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = {**USUAL_TARGETS, "phi": ("q_proj", "v_proj")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
