@@ -209,6 +209,12 @@ def save(model: nn.Module, path: str | Path) -> None:
     alone = next((name for name, part in model.named_modules() if name and part.__dict__.get(_REMEMBERED)), None)
     if alone is not None:
         raise ValueError(f"save: {alone} was changed by itself; save that, or apply changes to the whole model")
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise ValueError(
+            f"save: {sharded} is in parts, on several processes; choices: save the model before it is sharded; "
+            "torch.distributed.checkpoint; of adapters alone effkit.peft.save_adapter"
+        )
     for change in _changes(model):
         reason = change.edit.cannot_save(model)
         if reason is not None:

@@ -31,6 +31,7 @@ from effkit.peft.engine import (
     adapter_names,
     merged_layers,
     refuse_merged,
+    refuse_sharded,
     take_out,
 )
 from effkit.peft.matching import is_conv1d
@@ -88,6 +89,7 @@ def merge(model: nn.Module, *, requantize: bool = False) -> MergeReport:
     is merged already; the model is as before then.
     """
     refuse_merged(model, "merge")
+    refuse_sharded(model, "merge", "save_adapter; then load_adapter and merge in one process")
     layers = {
         path: layer for path, layer in adapted_layers(model).items() if any(a.on for a in layer.adapters.values())
     }
