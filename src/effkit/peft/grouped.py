@@ -6,8 +6,8 @@ LoRA (Hu et al., arXiv 2106.09685) keeps one base model for many tasks; serving,
 whose rows differ in their adapter. Punica (Chen et al., arXiv 2310.18547) multiplies segments of rows that share one;
 here such products have their gradients, too: of base, x and the factors of every adapter.
 
-Cost: 2 B T R (K + M) operations forward and twice that backward, as for one adapter, and each adapter that is used is
-read once. Kept for the backward pass are x, S = x a^T [B, T, R] and the parameters.
+Cost: 2 B T R (K + M) operations forward and twice that backward, as for one adapter; x and base are read, y is written,
+and adapters that no row has are not touched. Kept for the backward pass are x, S = x a^T [B, T, R] and the parameters.
 
 When not to use it: for a single adapter, which `lora_linear` computes together with the layer. Ranks that differ are
 padded with zeros to the largest, which costs as much as if all had it. A row's result may differ in its last bits from
