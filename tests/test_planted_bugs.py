@@ -81,6 +81,7 @@ VERA, SINGLORA = "effkit/peft/vera.py", "effkit/peft/singlora.py"
 LOW_RANK, DROPOUT, LOW_RANK_KERNEL, DROPOUT_KERNEL = (
     f"effkit/{name}.py" for name in ("peft/low_rank", "peft/_dropout", "kernels/low_rank", "kernels/_dropout")
 )
+DORA, IA3, COLUMNS = (f"effkit/peft/{name}.py" for name in ("dora", "ia3", "_columns"))
 GROUPED, GROUPED_KERNEL = "effkit/peft/grouped.py", "effkit/kernels/grouped_lora.py"
 BUGS = (
     Bug("own token not seen", RECURRENT, "device=c.device).tril()", "device=c.device).tril(-1)", ("a chunk",), "ssd"),
@@ -478,6 +479,31 @@ BUGS = (
             Bug("order not undone", GROUPED, "index_copy_(0, self.order, x)", "copy_(x)", ("decoding",)),
             Bug("scale of the first adapter", GROUPED, "alpha=scales[e]", "alpha=scales[0]", ("unsorted",)),
             Bug("only the last run trains", GROUPED, "da[e] += ds_own", "da[e] = ds_own", ("unsorted, many tokens",)),
+        )
+    ),
+    *(
+        replace(bug, op="dora_linear")
+        for bug in (
+            Bug("result not divided by the ratio", DORA, "(up * d_up).sum(1)) / (1 + stretch)", "(up * d_up).sum(1))",
+                ("primes",)),
+            Bug("update taken for the base", DORA, "(direct - (up * d_up).sum(1))", "direct", ("gate",)),
+            Bug("bias stretched", DORA, "(-stretch * bias).to(x.dtype)", "(0 * bias).to(x.dtype)", ("primes",)),
+            Bug("divided by what is all but zero", DORA, ">= -0.5).all()", ">= -1e9).all()", ("tiny lengths",)),
+            Bug("gradient not stretched", DORA, "stretch if ctx.dropout else 1 + stretch", "1 + 0 * stretch",
+                ("primes",)),
+            Bug("change of all of x", DORA, "change = F.linear(seen,", "change = F.linear(rows,",
+                ("primes, dropout",)),
+            Bug("gate forgets the update", DORA, "gate * stretch, gate * g)", "gate * stretch, g)", ("gate",)),
+            Bug("last rows not added up", COLUMNS, "total = total + (left", "total = (left", ("several pieces",)),
+        )
+    ),
+    *(
+        replace(bug, op="ia3_linear")
+        for bug in (
+            Bug("result not divided", IA3, "(total / factor if ctx.keep_result else total)", "total", ("primes",)),
+            Bug("divided by zero", IA3, "(vector.abs() >= 1 / 64)", "(vector.abs() >= 0)", ("tiny and zero",)),
+            Bug("x for the result", IA3, "_Scaled.apply(x, vector, False)", "_Scaled.apply(x, vector, True)",
+                ("tiny and zero, feed-forward",)),
         )
     ),
     *(
