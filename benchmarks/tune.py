@@ -86,6 +86,12 @@ FOUR_BIT = {
     key: [(64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 8, 3), (128, 64, 8, 4)]
     for key in ((16, 2), (64, 2))
 }
+# (BLOCK_T, BLOCK_C, num_warps, num_stages) of a product with a thin side; the first number of a key is the rank.
+THIN = {
+    key: [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)]
+    for key in ((16, 2), (64, 2))
+}
+THIN_BOTH = {(16, 2): [(128, 64, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2)]}
 
 # key is (architecture, width, bytes of an element), tile the values of the kernel module's Tile.
 Key = tuple[int, int, int]
@@ -162,8 +168,14 @@ def _four_bit(tokens: int, width: int) -> Case:
     return Case(f"tune {tokens} {width}", sizes)
 
 
+def _low_rank(tokens: int, width: int, rank: int) -> Case:
+    sizes = {"*N": (tokens,), "K": width, "M": width, "R": rank}
+    return Case(f"tune {tokens} {width} {rank}", sizes, dict(dropout=0.1), given=("weight", "seed"))
+
+
 _small = functools.partial(_attention, 1, (4, 2), (300, 333))
 _decode = functools.partial(_attention, 2, (8, 2), (1, 3000))
+_short_low_rank = functools.partial(_low_rank, 300, 448)
 _short_scan = functools.partial(_recurrent, 1, 2, 300)
 TABLES = (
     Table("effkit.kernels.softmax_attention:_FWD", "softmax_attention", False, ROWS, _small, _prefill),
@@ -193,6 +205,17 @@ TABLES = (
         FOUR_BIT,
         lambda tokens: _four_bit(tokens, 448),
         lambda tokens, size: _four_bit(tokens, 4096),
+    ),
+    *(
+        Table(
+            f"effkit.kernels.low_rank:{name}",
+            "lora_linear",
+            name.endswith("BWD") or name == "MASKED",
+            tiles,
+            _short_low_rank,
+            lambda rank, size: _low_rank(4096, 4096, rank),
+        )
+        for name, tiles in (("DOWN", THIN), ("UP_BWD", THIN_BOTH), ("DOWN_BWD", THIN), ("MASKED", THIN))
     ),
     Table(
         "effkit.kernels.dyt:_FWD",

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkit.kernels._common import INTERPRET, AotSpec, cast, dot, multiprocessors, unit_stride
+from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot, multiprocessors, unit_stride
 from effkit.kernels._dropout import dropped, row_keys
 from effkit.peft._dropout import drop_below, keep_probability
 from effkit.peft.low_rank import added, batched_pair, gradients, keep_for_backward, rows_of, up_gradients
@@ -151,41 +151,40 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# kernel -> (rank up to, bytes of an element) -> tile, the same for sm_80, 90 and 100. What bounds them is memory: a
-# tile is what a few loads of 16 bytes a thread bring, in two or three steps in flight. float32 has no tensor cores:
-# smaller tiles, or registers run out. Not timed on a device.
-_RANKS = (16, 32, 64, 128)
-TILES = {
-    _lora_down: {
-        (16, 2): Tile(64, 64, 4, 4), (32, 2): Tile(64, 64, 4, 4), (64, 2): Tile(64, 64, 4, 4),
-        (128, 2): Tile(64, 64, 4, 3), (16, 4): Tile(32, 64, 4, 3), (32, 4): Tile(32, 32, 4, 3),
-        (64, 4): Tile(32, 32, 4, 2), (128, 4): Tile(32, 16, 4, 2),
-    },
-    _lora_up_bwd: {
-        (16, 2): Tile(256, 64, 8, 3), (32, 2): Tile(256, 64, 8, 3),
-        (16, 4): Tile(64, 32, 4, 2), (32, 4): Tile(64, 32, 4, 2),
-    },
-    _lora_down_bwd: {
-        (16, 2): Tile(64, 128, 4, 3), (32, 2): Tile(64, 128, 4, 3), (64, 2): Tile(64, 64, 4, 3),
-        (128, 2): Tile(64, 64, 4, 3), (16, 4): Tile(32, 64, 4, 3), (32, 4): Tile(32, 32, 4, 3),
-        (64, 4): Tile(32, 32, 4, 2), (128, 4): Tile(16, 32, 4, 2),
-    },
-    _lora_masked: {
-        (16, 2): Tile(64, 64, 4, 1), (32, 2): Tile(64, 64, 4, 1), (64, 2): Tile(64, 64, 4, 1),
-        (128, 2): Tile(64, 64, 4, 1), (16, 4): Tile(32, 64, 4, 1), (32, 4): Tile(32, 64, 4, 1),
-        (64, 4): Tile(32, 32, 4, 1), (128, 4): Tile(16, 32, 4, 1),
-    },
-}  # fmt: skip
+def _table(entries: dict[tuple[int, int], Tile]) -> dict[tuple[int, int, int], Tile]:
+    """(architecture, rank up to, bytes of an element) -> tile: the same for each architecture until it is timed."""
+    return {(arch, *key): tile for arch in (80, 90, 100) for key, tile in entries.items()}
+
+
+# What bounds them is memory: a tile is what a few loads of 16 bytes a thread bring, in two or three steps in flight.
+# float32 has no tensor cores: smaller tiles, or registers run out. Not timed on a device.
+DOWN = _table({
+    (16, 2): Tile(64, 64, 4, 4), (32, 2): Tile(64, 64, 4, 4), (64, 2): Tile(64, 64, 4, 4), (128, 2): Tile(64, 64, 4, 3),
+    (16, 4): Tile(32, 64, 4, 3), (32, 4): Tile(32, 32, 4, 3), (64, 4): Tile(32, 32, 4, 2), (128, 4): Tile(32, 16, 4, 2),
+})  # fmt: skip
+UP_BWD = _table({
+    (16, 2): Tile(256, 64, 8, 3), (32, 2): Tile(256, 64, 8, 3),
+    (16, 4): Tile(64, 32, 4, 2), (32, 4): Tile(64, 32, 4, 2),
+})  # fmt: skip
+DOWN_BWD = _table({
+    (16, 2): Tile(64, 128, 4, 3), (32, 2): Tile(64, 128, 4, 3),
+    (64, 2): Tile(64, 64, 4, 3), (128, 2): Tile(64, 64, 4, 3),
+    (16, 4): Tile(32, 64, 4, 3), (32, 4): Tile(32, 32, 4, 3), (64, 4): Tile(32, 32, 4, 2), (128, 4): Tile(16, 32, 4, 2),
+})  # fmt: skip
+MASKED = _table({
+    (16, 2): Tile(64, 64, 4, 1), (32, 2): Tile(64, 64, 4, 1), (64, 2): Tile(64, 64, 4, 1), (128, 2): Tile(64, 64, 4, 1),
+    (16, 4): Tile(32, 64, 4, 1), (32, 4): Tile(32, 64, 4, 1), (64, 4): Tile(32, 32, 4, 1), (128, 4): Tile(16, 32, 4, 1),
+})  # fmt: skip
 _INTERPRETED = Tile(64, 32, 4, 1)  # several rows and columns of tiles at the sizes of tests
 _SUMMED = 1024
 # Above this rank the sums for b that each program of the fused pass writes are more than a second read of dy.
 FUSED_RANK = 32
 
 
-def _tile(kernel: Any, x: Tensor, rank: int) -> tuple[Tile, int]:
+def _tile(table: dict[tuple[int, int, int], Tile], x: Tensor, rank: int) -> tuple[Tile, int]:
     """The tile and the padded rank."""
     padded = max(16, triton.next_power_of_2(rank))
-    return (_INTERPRETED if INTERPRET else TILES[kernel][padded, x.element_size()]), padded
+    return (_INTERPRETED if INTERPRET else table[architecture(x.device), padded, x.element_size()]), padded
 
 
 def _shares(x: Tensor, tiles: int, steps: int) -> int:
@@ -212,7 +211,7 @@ def _down(x: Tensor, a: Tensor, scale: Tensor, seed: Tensor | None, dropout: flo
     if not T * K * R:
         return x.new_zeros(T, R)
     x = unit_stride(x)
-    tile, padded = _tile(_lora_down, x, R)
+    tile, padded = _tile(DOWN, x, R)
     tiles = triton.cdiv(T, tile.BLOCK_T)
     parts = _parts(x, _shares(x, tiles, triton.cdiv(K, tile.BLOCK_C)), T, R, dtype=x.dtype)
     with torch.cuda.device_of(x):
@@ -228,7 +227,7 @@ def _up_bwd(dy: Tensor, down: Tensor, b: Tensor, scale: Tensor, dropout: float) 
     if not T * M * R:
         return dy.new_zeros(T, R), dy.new_zeros(M, R, dtype=torch.float32)
     dy = unit_stride(dy)
-    tile, padded = _tile(_lora_up_bwd, dy, R)
+    tile, padded = _tile(UP_BWD, dy, R)
     tiles = triton.cdiv(T, tile.BLOCK_T)
     d_down = _parts(dy, _shares(dy, tiles, triton.cdiv(M, tile.BLOCK_C)), T, R, dtype=dy.dtype)
     db = _parts(dy, tiles, M, R)
@@ -245,7 +244,7 @@ def _down_bwd(x: Tensor, d_down: Tensor, seed: Tensor | None, dropout: float) ->
     if not T * K * R:
         return x.new_zeros(R, K, dtype=torch.float32)
     x = unit_stride(x)
-    tile, padded = _tile(_lora_down_bwd, x, R)
+    tile, padded = _tile(DOWN_BWD, x, R)
     tiles = triton.cdiv(K, tile.BLOCK_C)
     parts = _parts(x, _shares(x, tiles, triton.cdiv(T, tile.BLOCK_T)), R, K)
     with torch.cuda.device_of(x):
@@ -261,7 +260,7 @@ def _masked(d_down: Tensor, a: Tensor, seed: Tensor, dropout: float) -> Tensor:
     if not T * K * R:
         return d_down.new_zeros(T, K)
     dx = d_down.new_empty(T, K)
-    tile, padded = _tile(_lora_masked, dx, R)
+    tile, padded = _tile(MASKED, dx, R)
     grid = (triton.cdiv(T, tile.BLOCK_T) * triton.cdiv(K, tile.BLOCK_C),)
     with torch.cuda.device_of(dx):
         _lora_masked[grid](
@@ -384,13 +383,17 @@ def singlora_linear(
 
 def aot_specs() -> list[AotSpec]:
     """Each kernel at the smallest and the largest rank of its table, in bfloat16 without a mask, too; and the sums."""
-    ranks = {kernel: (16, FUSED_RANK if kernel is _lora_up_bwd else _RANKS[-1]) for kernel in TILES}
     thin = [
-        _spec(kernel, arch, dtype, rank, masked)
-        for kernel in TILES
+        _spec(kernel, table, arch, dtype, rank, masked)
+        for kernel, table in (
+            (_lora_down, DOWN),
+            (_lora_up_bwd, UP_BWD),
+            (_lora_down_bwd, DOWN_BWD),
+            (_lora_masked, MASKED),
+        )
         for arch in (80, 90, 100)
         for dtype in ("bf16", "fp32")
-        for rank in ranks[kernel]
+        for rank in (16, max(rank for _, rank, _ in table))
         for masked in ((True, False) if kernel in (_lora_down, _lora_down_bwd) and dtype == "bf16" else (True,))
     ]
     sums = [
@@ -409,8 +412,10 @@ def aot_specs() -> list[AotSpec]:
     return thin + sums
 
 
-def _spec(kernel: Any, arch: int, dtype: str, rank: int, masked: bool) -> AotSpec:
-    tile = TILES[kernel][rank, {"bf16": 2, "fp32": 4}[dtype]]
+def _spec(
+    kernel: Any, table: dict[tuple[int, int, int], Tile], arch: int, dtype: str, rank: int, masked: bool
+) -> AotSpec:
+    tile = table[arch, rank, {"bf16": 2, "fp32": 4}[dtype]]
     types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     types |= dict(seed_ptr="*i64", scale_ptr="*fp32", a_ptr="*fp32", b_ptr="*fp32", kept="fp32")  # master copies
     if kernel is _lora_up_bwd:
