@@ -1,4 +1,4 @@
-"""Adapters under transformers: what a merged model's config says, generation, the Trainer."""
+"""Adapters under transformers: what a merged model's config says, generation."""
 
 from typing import Any
 
@@ -11,13 +11,10 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
 )
 
 import effkit
-from effkit.peft import LoRAConfig, SingLoRAConfig, adapters_of, disabled, merge_and_unload
-from effkit.quant import NF4Config
+from effkit.peft import LoRAConfig, disabled, merge_and_unload
 
 SIZES = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
 IDS = torch.arange(1, 15).view(2, 7)
@@ -73,50 +70,3 @@ def test_generation_with_and_without():
             assert torch.equal(model(found[:, :length]).logits[:, -1].argmax(-1), found[:, length])
     with disabled(model):
         assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
-
-
-def trainer(model: Any, folder: Any, **options: Any) -> Trainer:
-    rows = [{"input_ids": row, "labels": row} for row in torch.arange(1, 65).view(16, 4)]
-    arguments = TrainingArguments(
-        folder,
-        max_steps=4,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        save_steps=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **options,
-    )
-    return Trainer(model, arguments, train_dataset=rows)
-
-
-@pytest.mark.parametrize("base", [(), (NF4Config(),)], ids=["dense", "nf4"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoRAConfig(rank=3, target_modules="all-linear", dropout=0.1),
-        SingLoRAConfig(rank=3, target_modules="all-linear", ramp_steps=3),
-    ],
-    ids=["lora", "singlora"],
-)
-def test_trainer(base, config, tmp_path):
-    """It takes adapted models, quantised ones, too, trains the adapters alone, and resumes where it was."""
-    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
-
-    def adapted() -> Any:
-        model = llama()
-        effkit.apply(model, *base, config)
-        return model
-
-    model, again = adapted(), adapted()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    trainer(model, tmp_path).train()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "adapters" in name}
-    if isinstance(config, SingLoRAConfig):  # steps of the optimizer, not passes
-        assert {int(part.steps) for part in adapters_of(model, "default").values()} == {4}
-    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    state, resumed = model.state_dict(), again.state_dict()
-    assert all(torch.equal(resumed[name], value) for name, value in state.items())
