@@ -319,6 +319,9 @@ def test_wrong_uses_change_nothing(make, ids):
     refused(ValueError, "nothing in the model matches.*q_proj", apply(target_modules=("q_prj",)))
     refused(TypeError, "LlamaMLP, expected nn.Linear", apply(target_modules=("mlp",)))
     refused(ValueError, "modules_to_save", apply(modules_to_save=("head9",)))
+    both = "q_proj is a target, but {} is trained as a whole"  # "self_attn" would leave its q_proj out
+    refused(ValueError, both.format(".*q_proj"), apply(modules_to_save=("_proj",)))
+    refused(ValueError, both.format(".*self_attn"), apply(modules_to_save=("_attn",)))
     refused(ValueError, "update_bias is True", apply(target_modules=("embed_tokens",), update_bias=True))
     model.model.layers[0].self_attn.q_proj.forward = lambda x: x
     refused(ValueError, "its forward was replaced", apply())
