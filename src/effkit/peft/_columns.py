@@ -42,6 +42,17 @@ def column_products(a: Tensor, b: Tensor, offset: Tensor | None = None) -> Tenso
     return total
 
 
+def thin_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b [C, R] of a [T, C] and b [T, R], in float32 or wider: what comes of it is rounded once, by others."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    total = a.new_zeros(b.shape[1], a.shape[1], dtype=wide(a))
+    parts = _pieces(a)
+    for left, right in zip(parts, b.split([len(part) for part in parts]), strict=True):
+        total = torch.addmm(total, right.to(total.dtype).T, left.to(total.dtype))
+    return total.T
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of sums: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

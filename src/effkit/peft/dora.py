@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import checked
-from effkit.peft._columns import Memo, Remembered, add_scaled_, column_products, scale_columns, wide
+from effkit.peft._columns import Memo, Remembered, add_scaled_, column_products, scale_columns, thin_product, wide
 from effkit.peft._dropout import dropped, dropped_reference
 from effkit.peft.engine import Adapted, Adapter, linear_shape
 from effkit.peft.lora import LoRA, LoRAConfig, new_seed
@@ -350,7 +350,7 @@ class _DoRALinear(torch.autograd.Function):
         dx: Any = None
         da = db = dmagnitude = dweight = dbias = dbase = None
         if of_b or of_magnitude:
-            d_up = (dy.T @ down).to(stretch.dtype)  # [M, R]
+            d_up = thin_product(dy, down)  # [M, R]
             db = (share[:, None] * d_up).to(b.dtype)
         if of_magnitude:
             # The gradient of g: sum_t dy W x_d, from what is kept, and sum_t dy scale B A x_d.
