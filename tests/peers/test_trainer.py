@@ -40,30 +40,34 @@ def same(one: Any, other: Any) -> bool:
     return losses(one) == losses(other) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def trainer_with(page: dict[str, Any], config: Any, folder: str, checkpointing: bool = False) -> Any:
+def trainer_with(page: dict[str, Any], *configs: Any, folder: str, checkpointing: bool = False) -> Any:
     """The page's Trainer with another adapter."""
     import effkit
     from effkit import zoo
 
     model = zoo.load_model()
-    effkit.apply(model, config)
+    effkit.apply(model, *configs)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return page["trainer_of"](model, folder)
 
 
 def others(page: dict[str, Any]) -> None:
-    """Whole checkpoints bring back what other adapters have beside their parameters."""
-    from effkit.peft import SingLoRAConfig, VeRAConfig, adapters_of
+    """Whole checkpoints bring back what other adapters have beside their parameters, and weights in four bits."""
+    from effkit.peft import LoRAConfig, SingLoRAConfig, VeRAConfig, adapters_of
+    from effkit.quant import NF4Config
 
-    targets = ("q_proj", "down_proj")
-    for config in (SingLoRAConfig(rank=4, ramp_steps=10, target_modules=targets), VeRAConfig(target_modules=targets)):
-        folder = type(config).__name__
-        whole, resumed = (trainer_with(page, config, folder) for _ in range(2))
+    targets = dict(target_modules=("q_proj", "down_proj"))
+    for name, configs in {
+        "SingLoRA": (SingLoRAConfig(rank=4, ramp_steps=10, **targets),),
+        "VeRA": (VeRAConfig(**targets),),
+        "QLoRA": (NF4Config(), LoRAConfig(rank=4, **targets)),
+    }.items():
+        whole, resumed = (trainer_with(page, *configs, folder=name) for _ in range(2))
         whole.train()
-        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+        resumed.train(resume_from_checkpoint=f"{name}/checkpoint-2")
         assert same(whole, resumed)
-        if isinstance(config, SingLoRAConfig):  # steps of the optimizer, of which each had two passes
+        if name == "SingLoRA":  # steps of the optimizer, of which each had two passes
             for each in (whole, resumed):
                 assert {int(part.steps) for part in adapters_of(each.model, "default").values()} == {4}
 
@@ -73,9 +77,10 @@ def checkpointing(page: dict[str, Any]) -> None:
     from effkit.peft import LoRAConfig
 
     config = LoRAConfig(rank=4, dropout=0.1, target_modules=("q_proj", "down_proj"))
-    trainers = [trainer_with(page, config, f"checkpointing {on}", on) for on in (False, True)]
-    for trainer in trainers:
-        trainer.train()
+    trainers = []
+    for on in (False, True):  # a Trainer seeds the generators when it is made
+        trainers.append(trainer_with(page, config, folder=f"checkpointing {on}", checkpointing=on))
+        trainers[-1].train()
     assert same(*trainers)
 
 
