@@ -61,8 +61,8 @@ METHODS = {
     "LoRA-FA": Method((dataclasses.replace(LORA, train_a=False),), plain(3e-3, 1e-2, 3e-2)),
     "DoRA": Method((DoRAConfig(rank=8, alpha=16, **ALL),), plain(3e-3, 6e-3, 1e-2)),
     "SingLoRA": Method((SingLoRAConfig(rank=8, alpha=16, ramp_steps=STEPS // 6, **ALL),), plain(1e-3, 3e-3, 1e-2)),
-    "VeRA": Method((VeRAConfig(rank=256, **ALL),), plain(1e-2, 3e-2, 1e-1)),
-    "(IA)^3": Method((IA3Config(),), plain(1e-2, 3e-2, 1e-1)),
+    "VeRA": Method((VeRAConfig(rank=256, **ALL),), plain(3e-2, 1e-1, 2e-1)),
+    "(IA)^3": Method((IA3Config(),), plain(3e-2, 1e-1, 3e-1)),
     "QLoRA": Method((NF4Config(), LORA), plain(3e-3, 6e-3, 1e-2)),
 }
 

@@ -1,6 +1,6 @@
 """LoRA+: the factor B of an adapter learns faster than A.
 
-    lr(A) = lr      lr(B) = ratio * lr      Hayou et al., arXiv 2402.12354, section 4
+    lr(A) = lr      lr(B) = ratio * lr      Hayou et al., arXiv 2402.12354
 
 With Adam and a layer of width n, both factors take part in what is learnt as n grows only if lr(A) falls as 1 / n and
 lr(B) stays: at one rate for both, B learns too slowly. The paper recommends a ratio of about 16, larger for tasks far
