@@ -166,6 +166,22 @@ def we_write(kind: str, config: Any, folder: Path) -> None:
         judge(mine, read_by_peft(kind, folder / "lora"))
 
 
+def names_of_folders(folder: Path) -> None:
+    """peft's folder of an adapter that has a name; transformers' own verb reads what effkit wrote."""
+    from peft import get_peft_model
+
+    theirs = get_peft_model(build("llama"), of_peft("llama")["plain"], "lora_A").eval()
+    scatter(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(folder)
+    mine = build("llama")
+    load_adapter(mine, folder / "lora_A")
+    judge(mine, theirs)
+    save_adapter(mine, folder / "mine")
+    again = build("llama")
+    again.load_adapter(folder / "mine")
+    assert same(again.eval(), theirs)
+
+
 def read_by_peft(kind: str, folder: Path) -> Any:
     """A model with the adapter of a folder, every tensor of which has found its place."""
     from peft import PeftModel, set_peft_model_state_dict
@@ -178,6 +194,8 @@ def read_by_peft(kind: str, folder: Path) -> Any:
 def main() -> None:
     warnings.filterwarnings("ignore", module="peft")
     warnings.filterwarnings("error", message="Found missing adapter keys")
+    with tempfile.TemporaryDirectory() as folder:
+        names_of_folders(Path(folder))
     for kind in MODELS:
         for write, configs in ((they_write, of_peft(kind)), (we_write, of_effkit(kind))):
             for name, config in configs.items():

@@ -230,6 +230,11 @@ BROKEN: dict[str, tuple[dict[str, Any], Any, str]] = {
         "extra: .*down_proj.lora_A.weight",
     ),
     "a shape": ({}, lambda t: {**t, f"{Q}.lora_A.weight": draw(4, 31)}, r"\[4, 31\], expected \[4, 32\]"),
+    "a dtype": (
+        {},
+        lambda t: {**t, f"{Q}.lora_A.weight": draw(4, 32).to(torch.int8)},
+        "is torch.int8, expected one such",
+    ),
     "the rank": ({"r": 5}, lambda t: t, r"shape: .*\[4, 32\], expected \[5, 32\].*and \d+ more"),
     "weights of another model": ({}, lambda t: {**t, f"{Q}.base_layer.weight": draw(32, 32)}, "not what the model has"),
     "a layer that is not there": ({"target_modules": ["qq_proj"]}, lambda t: t, "nothing in the model matches"),
@@ -309,7 +314,7 @@ def test_what_is_not_known_is_kept(make, tmp_path):
     model = make("llama")
     with pytest.warns(UserWarning, match="use_news is True") as caught:
         load_adapter(model, write(tmp_path / "theirs", {**LORA, **notes, **unknown}, lora()))
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     save_adapter(copy.deepcopy(model), tmp_path / "mine")
     said = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
     assert {**LORA, **notes, **unknown}.items() <= said.items()

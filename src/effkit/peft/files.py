@@ -265,6 +265,8 @@ def _fill(model: nn.Module, folder: Path, parts: Mapping[str, Any], found: Mappi
         if target is not None:
             if value.shape != target.shape:
                 other.append(f"shape: {key} is {list(value.shape)}, expected {list(target.shape)}")
+            elif value.is_floating_point() != target.is_floating_point():
+                other.append(f"dtype: {key} is {value.dtype}, expected one such as {target.dtype}")
         elif fixed is None:
             extra.append(f"extra: {key} {list(value.shape)}")
         elif not _same(fixed, value):
