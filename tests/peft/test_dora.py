@@ -321,6 +321,9 @@ def test_in_a_model(make, ids, kind):
     change = effkit.apply(model, DoRAConfig(**ALL))
     assert torch.equal(logits(model, ids), before)
     assert torch.equal(logits(model.train(), ids), before)
+    merge(model)
+    assert torch.equal(logits(model, ids), before)
+    unmerge(model)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     shapes = [tuple(model.get_submodule(path).weight.shape) for path in change.matched]
     outputs = [shape[kind == "gpt2"] for shape in shapes]
