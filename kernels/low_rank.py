@@ -233,7 +233,7 @@ def _up_bwd(dy: Tensor, down: Tensor, b: Tensor, scale: Tensor, dropout: float) 
     db = _parts(dy, tiles, M, R)
     with torch.cuda.device_of(dy):
         _lora_up_bwd[(tiles * len(d_down),)](
-            dy, down, b, scale, d_down, db, dy.stride(0), *b.stride(), T, M, R, len(d_down),
+            dy, down.contiguous(), b, scale, d_down, db, dy.stride(0), *b.stride(), T, M, R, len(d_down),
             keep_probability(dropout), BLOCK_R=padded, **tile._asdict(),
         )  # fmt: skip
         return _summed(d_down, dy.dtype), _summed(db, torch.float32)
@@ -249,7 +249,7 @@ def _down_bwd(x: Tensor, d_down: Tensor, seed: Tensor | None, dropout: float) ->
     parts = _parts(x, _shares(x, tiles, triton.cdiv(T, tile.BLOCK_T)), R, K)
     with torch.cuda.device_of(x):
         _lora_down_bwd[(tiles * len(parts),)](
-            x, d_down, seed, parts, x.stride(0), T, K, R, len(parts), drop_below(dropout), BLOCK_R=padded,
+            x, d_down.contiguous(), seed, parts, x.stride(0), T, K, R, len(parts), drop_below(dropout), BLOCK_R=padded,
             **tile._asdict(),
         )  # fmt: skip
         return _summed(parts, torch.float32)
@@ -264,7 +264,17 @@ def _masked(d_down: Tensor, a: Tensor, seed: Tensor, dropout: float) -> Tensor:
     grid = (triton.cdiv(T, tile.BLOCK_T) * triton.cdiv(K, tile.BLOCK_C),)
     with torch.cuda.device_of(dx):
         _lora_masked[grid](
-            d_down, a, seed, dx, *a.stride(), T, K, R, drop_below(dropout), BLOCK_R=padded, **tile._asdict()
+            d_down.contiguous(),
+            a,
+            seed,
+            dx,
+            *a.stride(),
+            T,
+            K,
+            R,
+            drop_below(dropout),
+            BLOCK_R=padded,
+            **tile._asdict(),
         )
     return dx
 
