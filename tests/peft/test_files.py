@@ -205,7 +205,7 @@ def test_keys_and_description(make, tmp_path):
     said = json.loads(text)
     assert text == json.dumps(said, indent=2, sort_keys=True)
     assert said["target_modules"] == sorted(name.partition(".")[2] for name in every)  # not the word "all-linear"
-    assert (said["r"], said["lora_alpha"], said["inference_mode"], said["use_dora"]) == (4, 2.0, True, False)
+    assert (said["r"], said["inference_mode"], said["use_dora"]) == (4, True, False) and '"lora_alpha": 2,' in text
 
     for config, count in ((VeRAConfig(rank=8, target_modules=tuple(ENDS)), 14), (IA3Config(), 6)):
         model = make("llama")
@@ -309,6 +309,7 @@ def test_files_that_are_not_there(make, tmp_path):
 def test_what_is_not_known_is_kept(make, tmp_path):
     """Notes silently, unknown keys with a warning where they are set; both are written again."""
     notes = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "a/b", "revision": "c", "megatron_core": "m.c"}
+    notes |= {"exclude_modules": None, "layers_pattern": None, "bias": "none", "rank_pattern": {}}
     notes |= {"init_lora_weights": "gaussian", "eva_config": None, "use_qalora": False, "corda_config": None}
     unknown = {"use_news": True, "news_config": None, "more_news": False}
     model = make("llama")
@@ -326,7 +327,15 @@ def test_defaults_are_those_of_peft(make, tmp_path):
     load_adapter(model, write(tmp_path, {"peft_type": "LORA", "target_modules": ENDS}, lora(8)))
     part = adapters_of(model, "default")["model.layers.0.mlp.down_proj"]
     assert part.lora_A.shape == (8, 48) and part.scale == 1.0
-    load_adapter(model, write(tmp_path, {"peft_type": "LORA", "target_modules": ENDS, "r": 4}, lora(4)), "other")
+    said = {
+        "peft_type": "LORA",
+        "target_modules": ENDS,
+        "r": 4,
+        "layers_pattern": "",
+        "bias": None,
+        "exclude_modules": "",
+    }
+    load_adapter(model, write(tmp_path, said, lora(4)), "other")
     assert adapters_of(model, "other")["model.layers.0.mlp.down_proj"].scale == 2.0
 
 
@@ -464,6 +473,13 @@ def test_choices_that_peft_lacks_are_written_as_names(make, tmp_path):
     assert said["ends"]["target_modules"] == sorted(ENDS) and "exclude_modules" not in said["ends"]
     assert said["names"]["target_modules"] == [f"model.layers.0.{name}" for name in LAYERS]
     assert said["ia3"]["feedforward_modules"] == ".*(down_proj)"  # no longer one of the targets' names
+
+    # A whole name that is the end of another is no choice for a list.
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "in": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+    again = copy.deepcopy(model)
+    effkit.apply(model, VeRAConfig(rank=2, target_modules=("proj",), exclude_modules=("in.proj",)))
+    save_adapter(model, tmp_path)
+    assert load_adapter(again, tmp_path).matched == ["proj"]
 
 
 def test_quantised_models(make, ids, tmp_path):

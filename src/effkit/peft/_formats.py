@@ -165,7 +165,7 @@ def config_of(said: Mapping[str, Any], form: Format, model: nn.Module, **values:
     if form.type == "LORA":
         said = {"lora_alpha": 8, **said}  # peft's default, where the field's is that of the rank
     names = {**form.fields, "target_modules": "target_modules", **{key: key for key in form.scope}}
-    values |= {field: _tuple(said[key]) for field, key in names.items() if said.get(key) is not None}
+    values |= {field: _tuple(said[key]) for field, key in names.items() if said.get(key) not in (None, "")}
     # For classifiers peft names the usual heads, whether the model has them or not. What is missing the tensors tell.
     paths = [path for path, _ in own_modules(model)]
     saved = tuple(end for end in said.get("modules_to_save") or () if any(path.endswith(end) for path in paths))
@@ -210,7 +210,7 @@ def _ranks(config: Any, paths: list[str]) -> dict[str, Any]:
     return {
         "r": config.rank,
         "rank_pattern": _pattern(config.rank_pattern, ranks, config.rank),
-        "lora_alpha": alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # some readers take integers only
         "alpha_pattern": _pattern(config.alpha_pattern, alphas, alpha),
     }
 
