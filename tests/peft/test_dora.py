@@ -101,9 +101,12 @@ class TestLengths:
 
     def test_autocast_does_not_round_them(self):
         args = drawn(8, 33), drawn(4, 33, seed=1), drawn(8, 4, seed=2), torch.tensor(1.0)
+        torch._dynamo.reset()
+        compiled = torch.compile(dora_norm, backend="eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
-            inside = dora_norm(*args)
+            inside, in_graph = dora_norm(*args), compiled(*args)
         assert torch.equal(inside, dora_norm(*args)) and not inside.requires_grad
+        assert_equivalent(lambda *args: in_graph, dora_norm_reference, args, grads=False)
 
     def test_are_a_constant_in_the_backward_pass(self):
         norm = arguments()["norm"].requires_grad_()

@@ -59,7 +59,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 class Memo:
-    """The value of a function of tensors, computed again only once one of them was replaced, moved or written to.
+    """What was computed from tensors, computed again only once one of them was replaced, moved or written to.
 
     It tells tensors by identity, address and version, and keeps none of them alive. Those that do not tell their
     version (made in inference mode, or inside of torch.func) are asked about each time. Any optimizer's step counts as
@@ -72,12 +72,12 @@ class Memo:
         self._stamp: Any = None
         self._value: Any = None
 
-    def __call__(self, compute: Callable[..., Any], *tensors: Tensor) -> Any:
+    def __call__(self, compute: Callable[[], Any], *tensors: Tensor) -> Any:
         if any(is_functorch_wrapped_tensor(tensor) or tensor.is_inference() for tensor in tensors):
-            return compute(*tensors)
+            return compute()
         stamp = _optimizer_steps()[0], [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if stamp != self._stamp or any(a() is not b for a, b in zip(self._tensors, tensors, strict=True)):
-            self._value = compute(*tensors)
+            self._value = compute()
             self._tensors, self._stamp = [weakref.ref(tensor) for tensor in tensors], stamp
         return self._value
 
@@ -102,7 +102,7 @@ class Remembered:
         if memo is None:
             memo = self._memos[tensors[0]] = Memo()
         with torch.no_grad():
-            return memo(lambda *tensors: bool(self.question(*tensors)), *tensors)
+            return memo(lambda: bool(self.question(*tensors)), *tensors)
 
 
 @functools.cache

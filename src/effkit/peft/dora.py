@@ -159,14 +159,14 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     saves nothing, since its W A^T costs what B A does, and cancels where a row is all but removed.
     """
     precise = wide(weight)
-    if torch.compiler.is_compiling():
-        return dora_norm_reference(*(tensor.to(precise) for tensor in (weight, a, b, scale)))
-    a, b = a.to(precise), scale.to(precise) * b.to(precise)
     rows = max(1, (_NORM_PIECE if weight.device.type == "cpu" else _NORM_PIECE << 6) // max(1, weight.shape[1]))
     with torch.autocast(weight.device.type, enabled=False):
+        a, b, scale = a.to(precise), b.to(precise), scale.to(precise)
+        if torch.compiler.is_compiling():
+            return dora_norm_reference(weight.to(precise), a, b, scale)
         lengths = [
             torch.linalg.vector_norm(torch.addmm(w.to(precise), of_w, a), dim=1)
-            for w, of_w in zip(weight.split(rows), b.split(rows), strict=True)
+            for w, of_w in zip(weight.split(rows), (scale * b).split(rows), strict=True)
         ]
     return torch.cat(lengths)
 
@@ -178,8 +178,8 @@ class DoRA(LoRA):
     """LoRA of one linear layer with trained lengths of the rows: see `dora_linear`. The arguments are those of `LoRA`.
 
     lora_magnitude_vector [M] is a parameter beside lora_A and lora_B, in float32 or wider: its updates are small. It
-    starts as ones; `measure` makes it what it has to start from. The lengths of the rows as they are are computed
-    again whenever the layer, lora_A or lora_B has changed; compiled code computes them in every pass.
+    starts as ones; `measure` makes it what it has to start from. What it is divided by, the lengths that the rows have,
+    is computed again whenever the layer, lora_A or lora_B has changed, and in every pass of compiled code.
     """
 
     additive = False
@@ -209,7 +209,7 @@ class DoRA(LoRA):
     def norm(self, layer: nn.Module) -> Tensor:
         """The lengths [M] of the rows of the layer's weight plus the update, in float32 or wider."""
 
-        def lengths(*tensors: Tensor) -> Tensor:
+        def lengths() -> Tensor:
             return dora_norm(_weight_of(layer), self.lora_A, self.lora_B, self.gain)
 
         if torch.compiler.is_compiling():
