@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import effkit
-from effkit.peft import LoRAConfig, activate, disabled, lora_projections
+from effkit.peft import LoRAConfig, activate, disabled, lora_projections, set_scale
 from effkit.peft.low_rank import lora_linear_reference
 from effkit.testing import assert_equivalent
 
@@ -154,7 +154,7 @@ def test_siblings_that_are_not_called_together_part():
     with effkit.use_backend("reference"):
         expected = model(x, memory)
     assert_equivalent(lambda x: model(x, memory), lambda x: expected.to(x.dtype), {"x": x}, grads=False)
-    assert not model.q_proj.siblings.together and model.q_proj.siblings._results == {}
+    assert not model.q_proj.siblings.together and model.q_proj.siblings._held[2] == {}
     assert not any(r.startswith(SHARED) for r in reasons(model, x, memory))
     # Two siblings that are never called: given up after the second time.
     model = Cross()
@@ -177,6 +177,36 @@ def test_an_input_changed_in_between():
         with effkit.use_backend("reference"):
             expected = model.k_proj(x)
     assert_equivalent(lambda x: after, lambda x: expected.to(x.dtype), {"x": x}, grads=False)
+
+
+def test_layers_changed_in_between():
+    """A sibling that is disabled, scaled or trained after the first one was called computes with what it is by then."""
+
+    def stepped(model):
+        with torch.no_grad():
+            model.k_proj.adapters["default"].lora_B.add_(1)
+
+    for change in (activate, lambda model: set_scale(model, 0.5), stepped):
+        model = Cross()
+        effkit.apply(model, LoRAConfig(rank=2, target_modules="all-linear", init="random"))
+        x = torch.randn(3, 8)
+        model.q_proj(x)
+        change(model)
+        assert model.q_proj.siblings._held[0] is x  # there is something to hand out
+        after = model.k_proj(x)
+        with effkit.use_backend("reference"):
+            expected = model.k_proj(x).detach()
+        assert_equivalent(lambda x, y=after: y, lambda x, y=expected: y.to(x.dtype), {"x": x}, grads=False)
+        assert model.q_proj.siblings.together
+
+
+def test_a_copy_of_one_layer_computes_alone():
+    """As torch.nn.DataParallel has them."""
+    model = Cross()
+    effkit.apply(model, LoRAConfig(rank=2, target_modules="all-linear", init="random"))
+    x, alone = torch.randn(3, 8), copy.copy(model.q_proj)
+    assert_equivalent(lambda x: alone(x), lambda x: copy.deepcopy(alone).to(x.dtype)(x), {"x": x}, grads=False)
+    assert model.q_proj.siblings._held[2] == {}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

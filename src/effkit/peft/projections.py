@@ -157,45 +157,44 @@ class Siblings:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers, self.together, self._left_over = tuple(layers), True, 0
-        self._input: Tensor | None = None
-        self._state: tuple[Any, ...] = ()
-        self._results: dict[int, Tensor] = {}
+        self._held = _NOTHING  # in one piece: another thread that calls the layers replaces it, and changes none
 
     def result(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result if it can be had together with that of its siblings, else None."""
-        state = _state_of(x)
-        if id(layer) in self._results:
-            if self._input is x and self._state == state:
-                return self._hand_out(layer)
-            self.together = False  # called with something else than its siblings
-        elif self._results:  # twice in a row: there are siblings that are never called; once may be an interruption
+        if layer not in self.layers:  # a copy that others made of a layer, as DataParallel does
+            return None
+        state, (held, held_state, results) = _state_of(x), self._held
+        kept = results.pop(id(layer), None)
+        if kept is not None:
+            if held is x and held_state == state:
+                if not results:
+                    self._left_over, self._held = 0, _NOTHING
+                if _same_parts(kept[1], _parts_of(layer)):
+                    return kept[0]
+            else:
+                self.together = False  # called with something else than its siblings
+        elif results:  # twice in a row: there are siblings that are never called; once may be an interruption
             self._left_over += 1
             self.together = self._left_over < 2
-        self._forget()
+        self._held = _NOTHING
         parts = [_shareable(sibling) for sibling in self.layers] if self.together else [None]
         if None in parts or ops.asked_for() not in (None, "torch"):
             return None
-        results = lora_projections(x, *zip(*parts, strict=True))
-        self._input, self._state = x, state
-        self._results = {id(sibling): y for sibling, y in zip(self.layers, results, strict=True)}
-        reason = f"one pass for {len(results)} layers with the same input"
-        for _ in results:
+        made = lora_projections(x, *zip(*parts, strict=True))
+        reason = f"one pass for {len(made)} layers with the same input"
+        for _ in made:
             ops.record(ops.Choice(LORA_LINEAR.name, "torch", reason))
-        return self._hand_out(layer)
-
-    def _hand_out(self, layer: Any) -> Tensor:
-        y = self._results.pop(id(layer))
-        if not self._results:
-            self._left_over = 0
-            self._forget()
+        results = {id(one): (y, _parts_of(one)) for one, y in zip(self.layers, made, strict=True)}
+        y, _ = results.pop(id(layer))
+        self._held = x, state, results
         return y
-
-    def _forget(self) -> None:
-        self._input, self._state, self._results = None, (), {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no results."""
-        return {**self.__dict__, "_input": None, "_state": (), "_results": {}}
+        return {**self.__dict__, "_held": _NOTHING}
+
+
+_NOTHING: tuple[Any, tuple[Any, ...], dict[int, Any]] = (None, (), {})
 
 
 def link(model: nn.Module, layers: Sequence[Any]) -> None:
@@ -222,6 +221,18 @@ def _shareable(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | Non
     if factors is None or type(dense[0]) not in (Tensor, nn.Parameter):  # FSDP's shards are gathered layer by layer
         return None
     return (*factors, *dense)
+
+
+def _parts_of(layer: Any) -> list[tuple[Tensor, int | None]] | None:
+    """The tensors that a layer's result is computed from and their versions; None where it is not shareable."""
+    parts = _shareable(layer)
+    tensors = [] if parts is None else [t for t in (*parts[:3], layer.weight, layer.bias) if t is not None]
+    return None if parts is None else [(t, None if t.is_inference() else t._version) for t in tensors]
+
+
+def _same_parts(old: Any, new: Any) -> bool:
+    """Whether they are the same tensors and hold what they held."""
+    return new is not None and all(a is b and v == w for (a, v), (b, w) in zip(old, new, strict=True))
 
 
 def _state_of(x: Tensor) -> tuple[Any, ...]:
