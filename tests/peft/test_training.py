@@ -203,6 +203,20 @@ def test_checkpointing_changes_no_bit(make, ids, config, reentrant):
     assert_same(a_pass(model, ids, reference_model), expected)
 
 
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[1], replace(CONFIGS[4], dropout=0.25)], ids=["lora", "vera"])
+def test_compiled_and_checkpointed_with_dropout(config):
+    """A graph that computes activations again draws the masks of eager code, both times."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
+    model = adapted(Checkpointed(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_outcome(a_pass(compiled, x), nn.Sequential(*model), functools.partial(a_pass, batch=x))
+
+
 def test_reentrant_checkpointing_needs_an_input_that_asks_for_a_gradient():
     """torch warns, and there is no gradient: adapters cannot help it, inputs that ask for one do."""
     layer = adapted(nn.Sequential(nn.Linear(6, 5)), LoRAConfig(rank=2, target_modules=("0",)))
