@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
-from effkit.peft.low_rank import lora_linear
+from effkit.peft.low_rank import LORA_LINEAR
 from effkit.peft.matching import first_match
+from effkit.quant.nf4_linear import as_autocast
 
 INITS = ("default", "gaussian", "random")
 
@@ -107,15 +108,17 @@ class LoRA(Scaled):
         dropout = self.dropout if self.training else 0.0
         weight, bias = (layer.dense() or (None, None)) if y is None else (None, None)
         base = y if y is not None or weight is not None else layer.base(x)
-        y = lora_linear(
-            x,
-            self.lora_A,
-            self.lora_B,
-            self.gain,
-            weight,
-            bias,
-            base,
-            new_seed(x) if dropout else None,
+        # Called without the checks of lora_linear, which take longer than a small layer: the factors were made to fit.
+        y = LORA_LINEAR.run(
+            None,
+            x=as_autocast(x),
+            a=self.lora_A,
+            b=self.lora_B,
+            scale=self.gain,
+            weight=weight,
+            bias=bias,
+            base=base,
+            seed=new_seed(x) if dropout else None,
             dropout=dropout,
         )
         return y if self.lora_bias is None else y + (self.gain * self.lora_bias).to(y.dtype)

@@ -19,6 +19,7 @@ change that is not of low rank (new knowledge from much text) is learnt worse th
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,8 +66,10 @@ def lora_linear_torch(
     """The same with sums in place, saving x and S only; under torch.compile as written, which then fuses it."""
     if torch.compiler.is_compiling():
         return lora_linear_reference(x, a, b, scale, weight, bias, base, seed, dropout=dropout)
-    y, _ = _LoRALinear.apply(x, a, b, scale, weight, bias, base, seed if dropout else None, dropout)
-    return y
+    inputs = (x, a, b, scale, weight, bias, base, seed if dropout else None, dropout)
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return _LoRALinear.forward(*inputs)[0]  # a Function takes longer than a small layer, as in decoding
+    return _LoRALinear.apply(*inputs)[0]
 
 
 def lora_linear(
@@ -143,6 +146,10 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
         return batched_pair(_LoRALinear.apply, info.batch_size, in_dims, inputs)
+
+
+# torch asks for it in every call, and would find it out each time.
+_LoRALinear.forward.__signature__ = inspect.signature(_LoRALinear.forward)  # type: ignore[attr-defined]
 
 
 def added(
