@@ -54,16 +54,16 @@ ALL = dict(target_modules="all-linear")
 LORA = LoRAConfig(rank=8, alpha=16, **ALL)
 PLUS = ((2e-3, 4), (3e-4, 16), (6e-4, 16), (1e-3, 16), (2e-3, 16))
 METHODS = {
-    "all weights": Method((), plain(3e-4, 6e-4, 1e-3)),
+    "all weights": Method((), plain(3e-4, 6e-4, 1.2e-3)),
     "LoRA": Method((LORA,), plain(1e-3, 3e-3, 6e-3, 1e-2, 2e-2), SEEDS),
     "LoRA+": Method((LORA,), PLUS, SEEDS),
     "rsLoRA": Method((dataclasses.replace(LORA, rank_stabilized=True),), plain(1e-3, 3e-3, 6e-3)),
     "LoRA-FA": Method((dataclasses.replace(LORA, train_a=False),), plain(3e-3, 1e-2, 3e-2)),
-    "DoRA": Method((DoRAConfig(rank=8, alpha=16, **ALL),), plain(3e-3, 6e-3, 1e-2)),
+    "DoRA": Method((DoRAConfig(rank=8, alpha=16, **ALL),), plain(6e-3, 1e-2)),
     "SingLoRA": Method((SingLoRAConfig(rank=8, alpha=16, ramp_steps=STEPS // 6, **ALL),), plain(1e-3, 3e-3, 1e-2)),
     "VeRA": Method((VeRAConfig(rank=256, **ALL),), plain(3e-2, 1e-1, 2e-1)),
     "(IA)^3": Method((IA3Config(),), plain(3e-2, 1e-1, 3e-1)),
-    "QLoRA": Method((NF4Config(), LORA), plain(3e-3, 6e-3, 1e-2)),
+    "QLoRA": Method((NF4Config(), LORA), plain(6e-3, 1e-2)),
 }
 
 

@@ -104,7 +104,7 @@ def test_adapters_learn_a_kind_of_text(whole):
     layers = 6 * [(256, 256), (256, 128), (256, 128), (256, 256), (256, 704), (256, 704), (704, 256)]
     assert lora["trainable"] == 8 * sum(inputs + outputs for inputs, outputs in layers)
     assert singlora["trainable"] == 8 * sum(map(max, layers))
-    assert vera["trainable"] == sum(256 + outputs for _, outputs in layers)
+    assert vera["trainable"] == sum(64 + outputs for _, outputs in layers)
     before = zoo.bits_per_byte(zoo.load_model(), zoo.heldout_batches(4, kind="tree"))
     for line in (lora, singlora, vera):
         assert line["bits_per_byte_before"] == before > line["bits_per_byte"]
