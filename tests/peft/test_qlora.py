@@ -261,6 +261,25 @@ def test_merged_for_good_is_a_plain_model(make, ids, kind, tied, base, tmp_path)
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.parametrize("form", ["effkit nf4", "effkit fp8", "bitsandbytes"])
+def test_merged_in_part(make, ids, form, tmp_path):
+    """Layers without adapters stay in their format: config.json says which are dense, and the file loads again."""
+    model = make("llama", **WIDE)
+    effkit.apply(model, FP8Config() if form == "effkit fp8" else NF4Config(block_size=64))
+    if form == "bitsandbytes":
+        effkit.hf.save_bitsandbytes(model, tmp_path)
+        model = effkit.hf.load_bitsandbytes(tmp_path)
+    effkit.apply(model, replace(LORA, target_modules=("q_proj", "v_proj")))
+    merge_and_unload(model)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    load = effkit.hf.load_bitsandbytes if form == "bitsandbytes" else type(model).from_pretrained
+    again = load(tmp_path)
+    assert torch.equal(logits(again, ids), expected)
+    assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert type(again.model.layers[0].self_attn.k_proj) is type(model.model.layers[0].self_attn.k_proj) is not nn.Linear
+
+
 def test_save_pretrained_of_an_adapted_model(make, ids, tmp_path):
     """The base comes back, in four bits; the adapter does not: it is saved by save_adapter, or all by effkit.save."""
     model = make("llama", **WIDE)

@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,9 @@ class _Quantizer(Quantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.quantization_config.stored["llm_int8_skip_modules"] = _dense(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def leave_dense(self, model: Any, names: Sequence[str]) -> None:
+        self.quantization_config.stored["llm_int8_skip_modules"] = _dense(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         storage = getattr(torch, self.quantization_config.stored.get("bnb_4bit_quant_storage") or "uint8")

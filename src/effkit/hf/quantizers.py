@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -158,6 +158,11 @@ class Quantizer(HfQuantizer):
     def change_of(self, model: Any) -> QuantizationConfig:
         """The change that the quantised model comes from, as a config of effkit.apply."""
         return self.quantization_config.as_change()
+
+    def leave_dense(self, model: Any, names: Sequence[str]) -> None:
+        """Has the config say that these layers, which were quantised, are dense now."""
+        config: Any = self.quantization_config
+        config.overrides = {**dict.fromkeys(names), **config.overrides}
 
     def is_serializable(self) -> bool:
         if self.unsaveable:

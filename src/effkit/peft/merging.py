@@ -141,7 +141,7 @@ def merge_for_good(model: nn.Module, config: MergeConfig, data: Iterable[Any] | 
     for name in adapter_names(model):
         take_out(model, name)
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_json_string"):
-        resolve("effkit.hf.adapters:say_merged")(model)
+        resolve("effkit.hf.adapters:say_merged")(model, list(matched))
     return Edit(list(matched), None, "the adapters are part of the weights, and the original weights are gone")
 
 
