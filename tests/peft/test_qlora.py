@@ -270,6 +270,9 @@ def test_merged_in_part(make, ids, form, tmp_path):
         effkit.hf.save_bitsandbytes(model, tmp_path)
         model = effkit.hf.load_bitsandbytes(tmp_path)
     effkit.apply(model, replace(LORA, target_modules=("q_proj", "v_proj")))
+    merge(model)
+    with pytest.raises(ValueError, match="adapters are merged for a while"):
+        model.save_pretrained(tmp_path)
     merge_and_unload(model)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)

@@ -205,6 +205,7 @@ class _Quantizer(Quantizer):
         self.quantization_config.stored["llm_int8_skip_modules"] = _dense(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        super().get_state_dict_and_metadata(model)
         storage = getattr(torch, self.quantization_config.stored.get("bnb_4bit_quant_storage") or "uint8")
         return _state_dict(model, storage), {}
 

@@ -164,6 +164,14 @@ class Quantizer(HfQuantizer):
         config: Any = self.quantization_config
         config.overrides = {**dict.fromkeys(names), **config.overrides}
 
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        if any("_unmerged" in vars(module) for module in model.modules()):
+            raise ValueError(
+                "save_pretrained: adapters are merged for a while, into layers that config.json calls quantised; "
+                "choices: unmerge(model), or merge_and_unload(model)"
+            )
+        return super().get_state_dict_and_metadata(model)
+
     def is_serializable(self) -> bool:
         if self.unsaveable:
             raise ValueError(self.unsaveable)
