@@ -174,6 +174,22 @@ def test_modules_to_save_and_biases(make, ids):
     assert not torch.equal(merged["transformer.h.0.mlp.c_fc.bias"], weights["transformer.h.0.mlp.c_fc.bias"])
 
 
+def test_the_same_module_in_two_adapters(make, ids):
+    """Each adapter trains a copy of the model's own module, not of another adapter's, nor with one in it."""
+    model = make("llama")
+    base = logits(model, ids)
+    for name in ("one", "two"):
+        effkit.apply(model, LoRAConfig(target_modules=("q_proj",), modules_to_save=("lm_head", "mlp"), name=name))
+        assert torch.equal(logits(model, ids), base)
+        parts = adapters_of(model, name)
+        assert [key for key, _ in parts["lm_head"].named_parameters()] == ["copy.weight"]
+        with torch.no_grad():
+            parts["lm_head"].copy.weight.mul_(2)
+    effkit.apply(model, LoRAConfig(target_modules=("o_proj", "gate_proj"), name="three", init="random"))
+    effkit.apply(model, LoRAConfig(target_modules=("q_proj",), modules_to_save=("mlp",), name="four"))
+    assert torch.equal(logits(model, ids), base)
+
+
 def test_embeddings(make, ids):
     """The layer is an embedding of E + 2 (B A)^T, and so is the merged one; the tied output head stays as it was."""
     model = make("llama", tie_word_embeddings=True)
@@ -263,6 +279,37 @@ def test_what_would_overlook_adapters_says_so(make):
         effkit.apply(model, effkit.attention.GQAConfig(num_kv_heads=2))
 
 
+class OwnRows(nn.Embedding):
+    """As OPT's positions: what comes in is a mask."""
+
+    def forward(self, mask):
+        return super().forward(mask.cumsum(-1))
+
+
+def test_layers_that_adapters_would_not_reach_are_refused():
+    """torch's encoder reads the weights of its layers itself in inference."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    base = encoder(x)
+    with pytest.raises(TypeError, match=r"self_attn\.out_proj: nn.MultiheadAttention reads the weights"):
+        effkit.apply(encoder, LoRAConfig(target_modules=("out_proj",)))
+    config = LoRAConfig(target_modules=("linear1", "linear2"), init="random")
+    with pytest.raises(TypeError, match=r"linear1: in inference nn\.TransformerEncoderLayer.*set_fastpath_enabled"):
+        effkit.apply(encoder, config)
+    assert not adapted_layers(encoder)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        effkit.apply(encoder, config)
+        with torch.no_grad():
+            adapted = encoder(x)
+        assert not torch.allclose(adapted, base)
+        assert_equivalent(lambda x: encoder(x), lambda x: adapted.to(x.dtype), {"x": x}, grads=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    with pytest.raises(TypeError, match="0: OwnRows finds its rows in its own way"):
+        effkit.apply(nn.Sequential(OwnRows(4, 4)), LoRAConfig(target_modules=("0",)))
+
+
 def test_reports_are_short(make):
     change = effkit.apply(make("llama"), LoRAConfig(rank=4, target_modules=["q_proj"]))
     assert str(change).splitlines()[0] == "LoRAConfig(target_modules=('q_proj',), rank=4)"
@@ -291,6 +338,7 @@ def test_one_seed_one_start(make):
         (dict(init="zero"), ValueError, "init is 'zero', choices: 'default'"),
         (dict(bias="some"), ValueError, "bias is 'some', choices: 'none'"),
         (dict(name="a.b"), ValueError, "name is 'a.b'"),
+        (dict(name="type"), ValueError, "name is 'type'"),
         (dict(dtype="int8"), ValueError, "dtype is 'int8'"),
         (dict(target_modules=()), ValueError, "target_modules is empty"),
         (dict(target_modules=(1,)), TypeError, "target_modules is"),
@@ -323,6 +371,14 @@ def test_wrong_uses_change_nothing(make, ids):
     refused(ValueError, both.format(".*q_proj"), apply(modules_to_save=("_proj",)))
     refused(ValueError, both.format(".*self_attn"), apply(modules_to_save=("_attn",)))
     refused(ValueError, "update_bias is True", apply(target_modules=("embed_tokens",), update_bias=True))
+    refused(
+        ValueError,
+        "modules_to_save names .*act_fn, SiLU.*, which has no parameters",
+        apply(modules_to_save=("act_fn",)),
+    )
+    model.model.layers[0].mlp.base = "its own"
+    refused(ValueError, "LlamaMLP has an attribute 'base' of its own", apply(modules_to_save=("mlp",)))
+    del model.model.layers[0].mlp.base
     model.model.layers[0].self_attn.q_proj.forward = lambda x: x
     refused(ValueError, "its forward was replaced", apply())
     del model.model.layers[0].self_attn.q_proj.forward

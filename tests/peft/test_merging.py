@@ -1,7 +1,10 @@
 """Merging: merged equals unmerged, the base comes back bit for bit, and what cannot be taken back says so."""
 
+import copy
+
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import effkit
 from effkit.peft import (
@@ -45,7 +48,7 @@ def test_merged_equals_unmerged(model):
     for path, layer in layers.items():
         merged = model.get_submodule(path)
         assert type(merged) is layer.plain and not hasattr(merged, "adapters")
-        sizes = layer.dense()[0].shape
+        sizes = layer.dense_form()[0].shape
         x = torch.randn(3, sizes[1], generator=torch.Generator().manual_seed(3))
         assert_equivalent(
             lambda x, layer=layer: layer.to(x.dtype)(x), lambda x, merged=merged: merged.to(x.dtype)(x), dict(x=x)
@@ -111,6 +114,42 @@ def test_merged_keeps_what_the_layer_has(make, ids):
     unmerge(model)
     assert model.model.layers[1].self_attn.q_proj is model.model.layers[0].self_attn.q_proj
     assert torch.equal(logits(model, ids), adapted)
+
+
+def test_modules_to_save_of_several_layers(ids):
+    """RoBERTa's classifier, which is no layer itself: disabled, merged and taken back, also by its own names."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**sizes)).eval()
+    base = logits(model, ids)
+    change = effkit.apply(model, LoRAConfig(rank=2, modules_to_save=("classifier",), init="random"))
+    with torch.no_grad():
+        adapters_of(model, "default")["classifier"].copy.dense.weight.add_(1)
+    adapted = logits(model, ids)
+    assert isinstance(model.classifier.dense, torch.nn.Linear) and not torch.equal(adapted, base)
+    with disabled(model):
+        assert torch.equal(logits(model, ids), base)
+    merge(model)
+    model.train()
+    model.eval()
+    with disabled(model):
+        assert torch.equal(logits(model, ids), base) and not model.classifier.dropout.training
+    unmerge(model)
+    assert torch.equal(logits(model, ids), adapted) and not is_merged(model)
+    change.undo()
+    assert torch.equal(logits(model, ids), base)
+
+
+def test_cast_while_merged(model, ids):
+    """What is kept follows the model into another dtype."""
+    cast = copy.deepcopy(model).double()
+    merge(model)
+    model.double()
+    with disabled(model), disabled(cast):
+        assert torch.equal(logits(model, ids), logits(cast, ids))
+    unmerge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(logits(model, ids), logits(cast, ids))
 
 
 def test_a_tied_head_comes_apart(make, ids, tmp_path):

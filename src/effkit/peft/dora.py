@@ -226,7 +226,7 @@ class DoRA(LoRA):
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         own = self.lora_A, self.lora_B, self.gain, self.lora_magnitude_vector, self.norm(layer)
-        dense = layer.dense()
+        dense = layer.dense_form()
         if dense is not None:
             seed = new_seed(x) if dropout else None
             return dora_linear(x, *own, *dense, seed=seed, gate=self.gate, dropout=dropout)

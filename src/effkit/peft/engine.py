@@ -37,7 +37,7 @@ class Adapter(nn.Module):
     A subclass gives forward(layer, x, y) and merged(weight, bias), an additive one factors() as well:
 
     forward    y is the result so far, None if nothing has been computed: the adapter then computes the layer, too,
-               together with its own product where `layer.dense()` gives the matrix, else by `layer.base(x)`
+               together with its own product where `layer.dense_form()` gives the matrix, else by `layer.base(x)`
     merged     (weight [M, K], bias [M] or None) of the layer with the adapter in it, in float32 or wider
     factors    (a [R, K], b [M, R], scale []): the layer with the adapter has the weight `weight + scale b a`
 
@@ -158,7 +158,7 @@ class Adapted(nn.Module):
         """The layer's own forward."""
         return super().forward(*args, **kwargs)
 
-    def dense(self) -> tuple[Tensor, Tensor | None] | None:
+    def dense_form(self) -> tuple[Tensor, Tensor | None] | None:
         """(weight [M, K], bias [M] or None) where the layer is just their product with x, else None."""
         if self.matrix is None:
             return None
@@ -227,6 +227,8 @@ class AdapterConfig(ChangeConfig):
             raise ValueError(f"{kind}: layers_pattern is {self.layers_pattern} without layers_to_transform")
         if not isinstance(self.name, str) or not self.name or "." in self.name:
             raise ValueError(f"{kind}: name is {self.name!r}, expected a string without a dot")
+        if hasattr(nn.ModuleDict(), self.name):
+            raise ValueError(f"{kind}: name is {self.name!r}, which torch's modules use themselves; choices: any other")
         if self.bias not in BIASES:
             raise ValueError(f"{kind}: bias is {self.bias!r}, choices: {', '.join(map(repr, BIASES))}")
         if self.dtype is not None and not getattr(getattr(torch, str(self.dtype), None), "is_floating_point", False):
@@ -268,6 +270,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, data: Iterable[Any] | N
         target = next((target for target in layers if f"{target}.".startswith(f"{path}.")), None)
         if target is not None:
             raise ValueError(f"{kind}: {target} is a target, but {path} is trained as a whole: see modules_to_save")
+        if next(module.parameters(), None) is None:
+            raise ValueError(f"{kind}: modules_to_save names {path}, {type(module).__name__}, which has no parameters")
         made[path] = TrainedCopy(module)
     _add_biases(model, config, made)
     _check_places(model, made)
@@ -338,7 +342,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     merged = merged_layers(model)
     layers = _with_merged(model)
     before = {id(adapter): adapter.on for layer in layers.values() for adapter in layer.adapters.values()}
-    _put(model, {path: module.__dict__["_unmerged"] for path, module in merged.items()})
+    _put(model, {path: unmerged_of(module) for path, module in merged.items()})
     adapters = [adapter for layer in layers.values() for adapter in layer.adapters.values()]
     for adapter in adapters:
         adapter.switch(False)
@@ -463,15 +467,41 @@ def _refuse_parallel(model: nn.Module, what: str) -> None:
 
 def _check_places(model: nn.Module, made: dict[str, Adapter]) -> None:
     """Raises for layers whose class cannot be made an adapted one."""
-    for path in made:
+    for path, adapter in made.items():
         layer = model.get_submodule(path)
         if "forward" in layer.__dict__:
             raise ValueError(
                 f"{path}: its forward was replaced on the object itself (as by accelerate's hooks), so that an adapter "
                 "would never be called; apply the config before that is done"
             )
-        if not isinstance(layer, Adapted) and hasattr(layer, "adapters"):
-            raise ValueError(f"{path}: {type(layer).__name__} has an attribute 'adapters' of its own")
+        taken = [] if isinstance(layer, Adapted) else sorted(name for name in _NAMES if hasattr(layer, name))
+        if taken:
+            raise ValueError(f"{path}: {type(layer).__name__} has an attribute {taken[0]!r} of its own")
+        _check_called(model, path)
+        plain = layer.plain if isinstance(layer, Adapted) else type(layer)
+        looks_up = plain.forward is nn.Embedding.forward or getattr(layer, "embed_scale", None) is not None
+        if isinstance(layer, nn.Embedding) and not looks_up and not isinstance(adapter, TrainedCopy):
+            raise TypeError(f"{path}: {plain.__name__} finds its rows in its own way, expected nn.Embedding")
+
+
+def _check_called(model: nn.Module, path: str) -> None:
+    """Raises for layers whose weights others read without calling them."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"{path}: nn.MultiheadAttention reads the weights of {path.rpartition('.')[2]} and never calls it, so that "
+            "an adapter would do nothing; choices: leave it out by exclude_modules"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TypeError(
+            f"{path}: in inference nn.TransformerEncoderLayer reads the weights of its layers and never calls them, so "
+            "that an adapter would do nothing; choices: torch.backends.mha.set_fastpath_enabled(False) before this, "
+            "and for as long as there are adapters"
+        )
+
+
+# What layers with adapters have besides their own.
+_NAMES = {"plain", "matrix", "adapters", "rows", "siblings", "used", "base", "dense_form"}
 
 
 def _add_biases(model: nn.Module, config: AdapterConfig, made: dict[str, Adapter]) -> None:
@@ -515,8 +545,11 @@ def linear_shape(config: AdapterConfig, path: str, layer: Any) -> tuple[int, int
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy with parameters of its own, tied ones included."""
-    return copy.deepcopy(module)
+    """A deep copy with parameters of its own, tied ones included, and without the adapters that there are by now."""
+    new = copy.deepcopy(module)
+    for name in adapter_names(new):
+        take_out(new, name)
+    return new
 
 
 def _with_merged(model: nn.Module) -> dict[str, Any]:
@@ -529,6 +562,15 @@ def merged_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module for path, module in model.named_modules(remove_duplicate=False) if "_unmerged" in module.__dict__
     }
+
+
+def unmerged_of(module: nn.Module) -> nn.Module:
+    """The adapted layer in whose place a merged one stands, in the mode, on the device and in the dtype of that."""
+    layer: Any = module.__dict__["_unmerged"]
+    now, then = next(module.parameters()), next(layer.parameters())
+    if now.dtype != then.dtype and type(module) is layer.plain:  # cast since: a quantised one may be dense now
+        layer.to(now.dtype)
+    return layer.to(now.device).train(module.training)
 
 
 def _put(model: nn.Module, modules: dict[str, nn.Module]) -> None:

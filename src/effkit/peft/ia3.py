@@ -134,7 +134,7 @@ class IA3(Adapter):
         return torch.lerp(torch.ones_like(self.ia3_l), self.ia3_l, self.gate.to(self.ia3_l.dtype))
 
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
-        vector, dense = self.vector(), layer.dense()
+        vector, dense = self.vector(), layer.dense_form()
         if dense is not None:
             return ia3_linear(x, vector, *dense, feedforward=self.feedforward)
         if self.feedforward:

@@ -106,7 +106,7 @@ class LoRA(Scaled):
 
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        weight, bias = (layer.dense() or (None, None)) if y is None else (None, None)
+        weight, bias = (layer.dense_form() or (None, None)) if y is None else (None, None)
         base = y if y is not None or weight is not None else layer.base(x)
         # Called without the checks of lora_linear, which take longer than a small layer: the factors were made to fit.
         y = LORA_LINEAR.run(

@@ -33,6 +33,7 @@ from effkit.peft.engine import (
     refuse_merged,
     refuse_sharded,
     take_out,
+    unmerged_of,
 )
 from effkit.peft.matching import is_conv1d
 from effkit.quant.config import dense_of
@@ -112,7 +113,7 @@ def unmerge(model: nn.Module) -> None:
             "unmerge: nothing is merged, or it was for good: merge_and_unload keeps no copy of the weights"
         )
     for path, module in merged.items():
-        set_module(model, path, module.__dict__["_unmerged"].to(module.weight.device).train(module.training))
+        set_module(model, path, unmerged_of(module))
 
 
 def merge_and_unload(model: nn.Module, *, requantize: bool = False) -> nn.Module:
@@ -170,7 +171,7 @@ def _merged_layer(path: str, layer: Any, requantize: bool) -> tuple[nn.Module, M
     """The layer with its adapters in the weight, and how well that went."""
     active = [adapter for adapter in layer.adapters.values() if adapter.on]
     if isinstance(active[0], TrainedCopy):
-        new = active[0].copy
+        new = copy.copy(active[0].copy)  # the adapter's own is not marked as merged
         new.__dict__["_unmerged"] = layer
         return new, MergedLayer(type(new).__name__, 1.0, 0.0)
     new = _plain(layer)

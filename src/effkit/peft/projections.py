@@ -214,7 +214,7 @@ def link(model: nn.Module, layers: Sequence[Any]) -> None:
 
 def _shareable(layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:
     """(a, b, scale, weight, bias) of a layer that is dense and has one plain LoRA that is on, else None."""
-    dense, used = layer.dense(), layer.used()
+    dense, used = layer.dense_form(), layer.used()
     if dense is None or len(used) != 1 or layer.rows is not None:
         return None
     factors = used[0].plain_factors()

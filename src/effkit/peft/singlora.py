@@ -172,7 +172,7 @@ class SingLoRA(Adapter):
 
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        weight, bias = (layer.dense() or (None, None)) if y is None else (None, None)
+        weight, bias = (layer.dense_form() or (None, None)) if y is None else (None, None)
         base = y if y is not None or weight is not None else layer.base(x)
         seed = new_seed(x) if dropout else None
         return singlora_linear(x, self.singlora_A, self.gain(), weight, bias, base, seed, dropout=dropout)

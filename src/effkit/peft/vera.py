@@ -365,7 +365,7 @@ class VeRA(Adapter):
     def forward(self, layer: Adapted, x: Tensor, y: Tensor | None) -> Tensor:
         x = as_autocast(x)
         dropout = self.dropout if self.training else 0.0
-        weight, bias = (layer.dense() or (None, None)) if y is None else (None, None)
+        weight, bias = (layer.dense_form() or (None, None)) if y is None else (None, None)
         base = y if y is not None or weight is not None else layer.base(x)
         a, b = self.projections.cast(x.device, x.dtype)
         return vera_linear(
