@@ -357,10 +357,15 @@ def plot(rows: Iterable[Row], path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def _timed(op: Op, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tensors whose gradients are computed."""
+    return tuple(name for name in op.grads if name in inputs and name not in op.frozen)
+
+
 def _judge(op: Op, case: Case, provider: Provider, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a provider equals the reference on a case; NotVerified when effkit itself does not."""
     inputs = make_inputs(op, case, dtype, device)
-    grads = tuple(name for name in op.grads if name in inputs)
+    grads = _timed(op, inputs)
     rows = judge(
         functools.partial(provider.call, **case.options),
         functools.partial(op.function, **case.options, backend="reference"),
@@ -384,7 +389,7 @@ def _call(op: Op, provider: Provider, case: Case, inputs: Mapping[str, Tensor], 
 
         return forward
 
-    leaves = {name: inputs[name].detach().requires_grad_() for name in op.grads if name in inputs}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in _timed(op, inputs)}
     cotangents: list[Tensor] = []
 
     def both() -> Any:

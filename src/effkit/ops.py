@@ -77,7 +77,8 @@ class Op:
     and written once; other_bytes(case) adds what has a dtype of its own. rivals maps a name to a function with the same
     arguments, for `bench`. draw turns the normal values drawn for a tensor into its own; what it returns in another
     dtype than float64 keeps that dtype. exact: every result equals that of the reference in the same dtype bit for bit,
-    as those of a quantiser do.
+    as those of a quantiser do. frozen names those of grads that nobody asks for in use, as of the weight beside an
+    adapter: they are judged, and left out of benchmarks.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Op:
     rivals: Mapping[str, str] = field(default_factory=dict)
     draw: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     exact: bool = False
+    frozen: tuple[str, ...] = ()
     other_bytes: Callable[[Case], float] = lambda case: 0.0
 
     @functools.cached_property

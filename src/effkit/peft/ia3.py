@@ -344,6 +344,7 @@ IA3_LINEAR = register(
         cases=_CASES,
         bench=_BENCH,
         grads=("x", "vector", "weight", "bias"),
+        frozen=("weight", "bias"),
         flops=_flops,
         traffic=_traffic,
         draw={"vector": _around_one},

@@ -361,6 +361,7 @@ SINGLORA_LINEAR = register(
         cases=_CASES,
         bench=_BENCH,
         grads=("x", "factor", "weight", "bias", "base"),
+        frozen=("weight", "bias"),
         flops=_flops,
         traffic=_traffic,
         draw={"seed": any_seed},
