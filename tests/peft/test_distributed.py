@@ -52,6 +52,7 @@ BASES = {
     "fp8": FP8Config(),
 }
 CASES = [("ddp", name, "dense") for name in CONFIGS] + [("ddp", "lora", "nf4")]
+CASES += [("ddp without broadcasts", "vera", "dense")]
 CASES += [("fsdp", name, base) for name in CONFIGS for base in ("dense", "nf4")]
 CASES += [("fsdp", "lora", base) for base in ("nf4, double", "fp8")]
 CASES += [(way, "lora", base) for way in ("checkpointed fsdp", "fsdp in bfloat16") for base in ("dense", "nf4")]
@@ -121,8 +122,8 @@ def work(rank: int, meeting: str, folder: str) -> None:
     for case in CASES:
         way, name, base = case
         net = model(name, base)
-        if way == "ddp":
-            net = DistributedDataParallel(net)
+        if way.startswith("ddp"):
+            net = DistributedDataParallel(net, broadcast_buffers=way == "ddp")
             with pytest.raises(TypeError, match="LoRAConfig: the model is in DistributedDataParallel"):
                 effkit.apply(net, OTHER)
             found[case] = train(net, ids, mean)
