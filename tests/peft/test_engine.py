@@ -149,6 +149,11 @@ def test_patterns_and_scales():
     assert stabilised.scale_of("any") == 4
 
 
+def test_patterns_that_fit_nothing_are_named(make):
+    with pytest.warns(UserWarning, match="LoRAConfig: alpha_pattern has 'q_porj', which fits no target"):
+        effkit.apply(make("llama"), LoRAConfig(rank_pattern={"q_proj": 4}, alpha_pattern={"q_porj": 4}))
+
+
 def test_modules_to_save_and_biases(make, ids):
     model = make("gpt2")
     base, weights = logits(model, ids), {name: p.clone() for name, p in model.named_parameters()}
@@ -216,7 +221,7 @@ def test_saved_loaded_copied_pickled(make, ids, tmp_path):
     for kind in ("llama", "gpt2"):
         model = make(kind)
         effkit.apply(model, LoRAConfig(rank=2, **ALL))
-        effkit.apply(model, LoRAConfig(rank=3, name="second", rank_pattern={"up_proj": 1}, **ALL))
+        effkit.apply(model, LoRAConfig(rank=3, name="second", rank_pattern={"up_proj|c_fc": 1}, **ALL))
         expected = logits(model, ids)
         effkit.save(model, tmp_path / kind)
         again = effkit.load(tmp_path / kind)
@@ -334,6 +339,16 @@ def test_one_seed_one_start(make):
         (dict(rank=-1), ValueError, "rank is -1"),
         (dict(rank=2.5), ValueError, "rank is 2.5"),
         (dict(rank_pattern={"q": -2}), ValueError, r"rank_pattern\['q'\] is -2"),
+        (dict(rank_pattern=[("q", 2)]), TypeError, "rank_pattern is"),
+        (dict(rank_pattern={"(": 2}), ValueError, r"rank_pattern or alpha_pattern is '\(', which is no regular"),
+        (dict(alpha="8"), ValueError, "alpha is '8', expected a finite number"),
+        (dict(alpha=float("nan")), ValueError, "alpha is nan"),
+        (dict(alpha_pattern={"q": True}), ValueError, r"alpha_pattern\['q'\] is True"),
+        (dict(seed="a"), TypeError, "seed is 'a'"),
+        (dict(rank_stabilized="no"), TypeError, "rank_stabilized is 'no', choices: True, False"),
+        (dict(target_modules="("), ValueError, r"target_modules is '\(', which is no regular expression"),
+        (dict(dropout="0.1"), ValueError, "dropout is '0.1'"),
+        (dict(dtype="float8_e5m2"), ValueError, "dtype is 'float8_e5m2', choices: None, 'float16'"),
         (dict(dropout=1.0), ValueError, "dropout is 1.0, expected 0 <= dropout < 1"),
         (dict(init="zero"), ValueError, "init is 'zero', choices: 'default'"),
         (dict(bias="some"), ValueError, "bias is 'some', choices: 'none'"),

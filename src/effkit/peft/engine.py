@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from effkit.change import ChangeConfig, Edit, set_module
-from effkit.peft.matching import USUAL_TARGETS, find_saved, find_targets, is_conv1d, is_conv1d_class, own_modules
+from effkit.peft.matching import (
+    USUAL_TARGETS,
+    check_expression,
+    find_saved,
+    find_targets,
+    first_match,
+    is_conv1d,
+    is_conv1d_class,
+    own_modules,
+)
 from effkit.peft.projections import Siblings, link
 
 BIASES = ("none", "all", "lora_only")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Adapter(nn.Module):
@@ -216,6 +227,9 @@ class AdapterConfig(ChangeConfig):
         kind = type(self).__name__
         for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             object.__setattr__(self, key, self._names(key))
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, key), str):
+                check_expression(kind, key, getattr(self, key))
         if self.target_modules == ():
             raise ValueError(f"{kind}: target_modules is empty, expected names of modules or None for the usual ones")
         if self.layers_to_transform and isinstance(self.target_modules, str):
@@ -231,8 +245,8 @@ class AdapterConfig(ChangeConfig):
             raise ValueError(f"{kind}: name is {self.name!r}, which torch's modules use themselves; choices: any other")
         if self.bias not in BIASES:
             raise ValueError(f"{kind}: bias is {self.bias!r}, choices: {', '.join(map(repr, BIASES))}")
-        if self.dtype is not None and not getattr(getattr(torch, str(self.dtype), None), "is_floating_point", False):
-            raise ValueError(f"{kind}: dtype is {self.dtype!r}, expected None or a name such as 'float32', 'bfloat16'")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"{kind}: dtype is {self.dtype!r}, choices: None, {', '.join(map(repr, DTYPES))}")
 
     def _names(self, key: str) -> Any:
         """A field of names as a tuple, whatever sequence was given; a string stays one where it is an expression."""
@@ -264,6 +278,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, data: Iterable[Any] | N
     if name in adapter_names(model):
         raise ValueError(f"{kind}: name is {name!r}, which the model has already; it has {adapter_names(model)}")
     layers = find_targets(model, config, config.usual_targets)
+    _warn_of_patterns(config, layers)
     shared = config.shared(model, layers)
     made: dict[str, Adapter] = {path: config.adapter(path, layer, shared) for path, layer in layers.items()}
     for path, module in find_saved(model, config.modules_to_save).items():
@@ -454,6 +469,14 @@ def refuse_sharded(model: nn.Module, what: str, choices: str) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor"):
             raise RuntimeError(f"{what}: {name} is sharded over several processes; choices: {choices}")
+
+
+def _warn_of_patterns(config: Any, layers: Iterable[str]) -> None:
+    """Patterns of ranks and alphas that fit no layer are mostly slips; files may have some all the same."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name, ()):
+            if not any(first_match({key: True}, path, False) for path in layers):
+                warnings.warn(f"{type(config).__name__}: {name} has {key!r}, which fits no target", stacklevel=5)
 
 
 def _refuse_parallel(model: nn.Module, what: str) -> None:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.peft.low_rank import LORA_LINEAR
-from effkit.peft.matching import first_match
+from effkit.peft.matching import check_expression, first_match
 from effkit.quant.nf4_linear import as_autocast
 
 INITS = ("default", "gaussian", "random")
@@ -228,11 +228,28 @@ class LoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = type(self).__name__
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{kind}: {name} is {getattr(self, name)!r}, expected a mapping from names to numbers")
         for name, value in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if type(value) is not int or value < 0:
                 raise ValueError(f"{kind}: {name} is {value!r}, expected an integer of at least 0")
-        if not 0 <= self.dropout < 1:
+        alphas: list[tuple[str, Any]] = [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]
+        for name, value in alphas[self.alpha is None :]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{kind}: {name} is {value!r}, expected a finite number")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            check_expression(kind, "a key of rank_pattern or alpha_pattern", key)
+        if isinstance(self.dropout, str) or not 0 <= self.dropout < 1:
             raise ValueError(f"{kind}: dropout is {self.dropout!r}, expected 0 <= dropout < 1")
+        if type(self.seed) is not int:
+            raise TypeError(f"{kind}: seed is {self.seed!r}, expected an integer")
+        for name in ("rank_stabilized", "train_a", "update_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{kind}: {name} is {getattr(self, name)!r}, choices: True, False")
         if self.init not in INITS:
             raise ValueError(f"{kind}: init is {self.init!r}, choices: {', '.join(map(repr, INITS))}")
 

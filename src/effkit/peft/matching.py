@@ -74,6 +74,14 @@ def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+def check_expression(what: str, name: str, value: str) -> None:
+    """ValueError unless value is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{what}: {name} is {value!r}, which is no regular expression: {error}") from None
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's linear layer, which holds its weight transposed."""
     return any(is_conv1d_class(kind) for kind in type(module).__mro__)
