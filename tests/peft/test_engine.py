@@ -235,6 +235,18 @@ def test_saved_loaded_copied_pickled(make, ids, tmp_path):
         assert torch.equal(logits(torch.load(stream, weights_only=False), ids), expected)
 
 
+def test_what_is_trained_is_saved(make, tmp_path):
+    model = make("llama")
+    for name in ("one", "two"):
+        effkit.apply(model, LoRAConfig(rank=2, train_a=name == "two", name=name))
+    for trained in (["one"], ["one", "two"], []):
+        set_trainable(model, *trained)
+        effkit.save(model, tmp_path)
+        flags = {key: p.requires_grad for key, p in model.named_parameters()}
+        assert any(flags.values()) is bool(trained)
+        assert {key: p.requires_grad for key, p in effkit.load(tmp_path).named_parameters()} == flags
+
+
 def test_base_weights_keep_their_names(make, tmp_path):
     """A checkpoint of the base loads into an adapted model, and the other way round the base is found."""
     model = make("llama")

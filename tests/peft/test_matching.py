@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import effkit
 from effkit.peft import LoRAConfig
@@ -80,6 +81,13 @@ def test_all_linear_leaves_the_head(make):
         assert len(targets(model, target_modules="all-linear", exclude_modules=("0.mlp.up_proj", "mlp.c_fc"))) < len(
             found
         )
+
+
+def test_experts_in_one_parameter_are_no_linear_layers():
+    """Of a mixture of experts as transformers holds it attention alone is all-linear."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    found = targets(MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2)), target_modules="all-linear")
+    assert [name.rpartition(".")[2] for name in found] == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 def test_what_is_trained_as_a_whole_is_no_target():

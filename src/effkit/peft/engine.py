@@ -160,8 +160,7 @@ class Adapted(nn.Module):
     def used(self) -> list[Any]:
         """The adapters that compute: those that are on; for a compiler all, where gates can tell them apart."""
         every: list[Any] = list(self.adapters.values())
-        by_gates = all(adapter.gated and (adapter.additive or len(every) == 1) for adapter in every)
-        if by_gates and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and all(a.gated and (a.additive or len(every) == 1) for a in every):
             return every
         return [adapter for adapter in every if adapter.on]
 
@@ -427,16 +426,20 @@ def _is_of(config: ChangeConfig, name: str) -> bool:
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Any] | None:
-    """Whether an adapter is on, and its strength; None where it is no longer there."""
+    """Whether an adapter is on, and its strength, and whether it is trained; None where it is no longer there."""
     if name not in adapter_names(model):
         return None
-    part = next(iter(adapters_of(model, name).values()))
-    return {"on": part.on, "strength": part.strength}
+    parts = adapters_of(model, name).values()
+    trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+    part = next(iter(parts))
+    return {"on": part.on, "strength": part.strength, "trained": trained}
 
 
 def _set_state(name: str, model: nn.Module, state: dict[str, Any]) -> None:
     for part in adapters_of(model, name).values():
-        part.switch(**state)
+        part.switch(state["on"], state["strength"])
+        for key, parameter in part.named_parameters():
+            parameter.requires_grad_(state.get("trained", True) and key not in part.frozen)
 
 
 def _why_not_save(model: nn.Module) -> str | None:
