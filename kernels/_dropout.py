@@ -19,7 +19,7 @@ def row_keys(seed_ptr, rows):
     """32 bits for each row, from all 64 of the seed."""
     seed = tl.load(seed_ptr).to(tl.int64)
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    return mix(mix(mix(low) + high) + rows.to(tl.uint32))
+    return mix(mix(mix(low + 0x1E3779B9) + high) + rows.to(tl.uint32))
 
 
 @triton.jit

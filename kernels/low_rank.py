@@ -15,7 +15,15 @@ from torch import Tensor
 from effkit.kernels._common import INTERPRET, AotSpec, architecture, cast, dot, multiprocessors, unit_stride
 from effkit.kernels._dropout import dropped, row_keys
 from effkit.peft._dropout import drop_below, keep_probability
-from effkit.peft.low_rank import added, batched_pair, gradients, keep_for_backward, rows_of, up_gradients
+from effkit.peft.low_rank import (
+    added,
+    batched_pair,
+    gradients,
+    keep_for_backward,
+    outside_autocast,
+    rows_of,
+    up_gradients,
+)
 from effkit.peft.singlora import views
 
 
@@ -289,7 +297,7 @@ for _schema, _run, _fake in (
     (
         "lora_up_backward(Tensor dy, Tensor down, Tensor b, Tensor scale, float dropout) -> (Tensor, Tensor)",
         _up_bwd,
-        lambda dy, down, b, scale, dropout: (torch.empty_like(down), torch.empty_like(b, dtype=torch.float32)),
+        lambda dy, down, b, scale, dropout: (torch.empty_like(down), b.new_empty(b.shape, dtype=torch.float32)),
     ),
     (
         "lora_down_backward(Tensor x, Tensor d_down, Tensor? seed, float dropout) -> Tensor",
@@ -329,6 +337,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return gradients(_up_gradients, _down_gradients, ctx, dy)
 

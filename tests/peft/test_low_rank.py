@@ -109,6 +109,16 @@ class TestEquals:
         for mine, other in zip(found[:2], expected[:2], strict=True):
             assert torch.equal(mine.bfloat16(), other)
 
+    @fast
+    def test_autocast_in_the_backward_pass_alone(self, backend: str) -> None:
+        """Dtypes are those of the forward pass, as autocast asks for the two to be computed."""
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs().items()}
+        y = lora(**leaves, dropout=0.2, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(y, tuple(leaves.values()), torch.ones_like(y), retain_graph=True)
+        expected = torch.autograd.grad(y, tuple(leaves.values()), torch.ones_like(y))
+        assert all(map(torch.equal, found, expected))
+
     def test_checkpointing(self) -> None:
         """What is computed twice has the same mask twice."""
         tensors = inputs()
@@ -285,6 +295,20 @@ class TestMask:
         for name, product in products.items():
             assert abs(product.mean()) < 4 / product.numel() ** 0.5, name
 
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_rows_and_columns_cannot_be_exchanged(self, seed: int) -> None:
+        """Their keys are not the same numbers: the mask of one half of the columns is not symmetric, at no seed."""
+        z = (mask(256, 512, 0.5, seed)[:, ::2] - 0.5) * 2
+        above = torch.ones(256, 256).triu(1).bool()
+        assert abs((z * z.T)[above].mean()) < 4 / int(above.sum()) ** 0.5
+
+    def test_compiled_with_a_seed_that_the_compiler_knows(self) -> None:
+        """In the C++ that it writes, products of known numbers must not overflow."""
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: dropped_reference(x, torch.tensor(3), 0.2), fullgraph=True)
+        x = torch.ones(15, 40)
+        assert torch.equal(compiled(x) > 0, mask(15, 40, 0.2, 3) > 0)
+
     def test_extremes(self) -> None:
         """Less than the smallest step is nothing; close to 1 something is kept, and finite."""
         assert mask(50, 50, 1e-6).min() == 1 and keep_probability(1e-6) == 1
@@ -334,6 +358,21 @@ class TestTransforms:
         (slope,) = torch.autograd.grad(call("torch", *leaves).square().sum(), leaves[:1], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             slope.sum().backward()
+
+    @fast
+    @pytest.mark.parametrize("of", ["a", "b"])
+    def test_compiled_gradients_of_transposed_factors(self, of: str, backend: str) -> None:
+        """Laid out as the compiler was told."""
+        torch._dynamo.reset()
+        tensors = inputs()
+        tensors[of] = tensors[of].T.contiguous().T
+        leaves = {name: tensors[name].requires_grad_() for name in ("x", "a", "b")}
+
+        def call(x: Tensor, a: Tensor, b: Tensor, backend: str = backend) -> Tensor:
+            return lora(**{**tensors, "x": x, "a": a, "b": b}, dropout=0.2, backend=backend)
+
+        compiled = torch.compile(call, fullgraph=True)
+        assert_equivalent(compiled, lambda x, a, b: call(x, a, b, "reference"), tuple(leaves.values()))
 
     @fast
     def test_compiles_once_for_all_scales_and_seeds(self, backend: str) -> None:

@@ -56,6 +56,30 @@ def test_float64_gradients():
     )
 
 
+def test_gradients_of_each_sample():
+    tensors = inputs()
+    rest = {name: tensor for name, tensor in tensors.items() if name not in ("x", "a0")}
+
+    def samples(call, x, a0):
+        def loss(a0, x):
+            return sum(y.square().sum() for y in call(x=x, a0=a0, **rest))
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(a0, x)
+
+    given = (tensors["x"].double(), tensors["a0"].double())
+    rest = {name: tensor.double() for name, tensor in rest.items()}
+    assert_equivalent(lambda *x: samples(together, *x), lambda *x: samples(each, *x), given, grads=False)
+
+
+def test_backward_under_autocast():
+    """As without: the forward pass has chosen the dtypes."""
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs().items()}
+    total, wanted = sum(y.square().sum() for y in together(**tensors)), (tensors["x"], tensors["a0"], tensors["b2"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(total, wanted, retain_graph=True)
+    assert all(map(torch.equal, found, torch.autograd.grad(total, wanted)))
+
+
 def test_a_result_nobody_uses():
     tensors = inputs()
     assert_equivalent(

@@ -34,7 +34,7 @@ def dropped_reference(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         return x
     rows = torch.arange(x.shape[:-1].numel(), dtype=torch.int32, device=x.device)
     columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-    pair = _mix(_row_keys(seed, rows)[:, None] + _mix(columns >> 1))  # [T, K]
+    pair = _mix((_row_keys(seed, rows)[:, None] + _key(columns >> 1)).to(torch.int32))  # [T, K]
     number = pair << (1 - (columns & 1)) * 16 >> 16  # the low half where the column is even, else the high one
     keep = (number >= drop_below(dropout)).view(x.shape)
     return x * keep.to(x.dtype) / keep_probability(dropout)
@@ -57,8 +57,8 @@ def keep_pieces(T: int, K: int, dtype: torch.dtype, seed: Tensor, dropout: float
     The pieces share memory, which may be written over: each is done with before the next is asked for.
     """
     device = seed.device
-    rows = _row_keys(seed, torch.arange(T, dtype=torch.int32, device=device))
-    columns = _mix(torch.arange((K + 1) // 2, dtype=torch.int32, device=device))
+    rows = _row_keys(seed, torch.arange(T, device=device)).to(torch.int32)
+    columns = _key(torch.arange((K + 1) // 2, device=device)).to(torch.int32)
     size = max(1, _PIECE * torch.get_num_threads() // max(1, K)) if device.type == "cpu" else max(1, T)
     pair = torch.empty(min(size, T), len(columns), dtype=torch.int32, device=device)
     spare, keep = torch.empty_like(pair), torch.empty(len(pair), K, dtype=dtype, device=device)
@@ -76,8 +76,19 @@ _PIECE = 1 << 17  # elements a thread: mask and what it is multiplied with stay 
 
 def _row_keys(seed: Tensor, rows: Tensor) -> Tensor:
     """32 bits for each row that depend on all 64 of the seed."""
-    low, high = seed.to(torch.int32), (seed.to(torch.int64) >> 32).to(torch.int32)
-    return _mix(_mix(_mix(low) + high) + rows)
+    seed = seed.to(torch.int64)
+    return _key(_key(_key((seed & _BITS) + _START) + (seed >> 32)) + rows)
+
+
+def _key(number: Tensor) -> Tensor:
+    """`_mix` of the low 32 bits of a number, in an int64, which its products do not overflow.
+
+    In the C++ that a compiler makes of this none may overflow whose factors it knows: a constant seed, places.
+    """
+    h = number.to(torch.int64) & _BITS
+    h = (h ^ h >> 16) * _FACTORS[0] & _BITS
+    h = (h ^ h >> 15) * _FACTORS[1] & _BITS
+    return h ^ h >> 16
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -100,4 +111,6 @@ def _mix_(h: Tensor, spare: Tensor) -> Tensor:
     return h
 
 
+_BITS = (1 << 32) - 1
+_START = 0x1E3779B9  # any but 0, which is mixed to 0: rows of seed 0 would have the keys of columns
 _FACTORS = (0x7FEB352D, 0x846CA68B - (1 << 32))  # as signed integers

@@ -32,7 +32,7 @@ from effkit.peft._columns import Memo, Remembered, add_scaled_, column_products,
 from effkit.peft._dropout import dropped, dropped_reference
 from effkit.peft.engine import Adapted, Adapter, linear_shape
 from effkit.peft.lora import LoRA, LoRAConfig, new_seed
-from effkit.peft.low_rank import any_seed, base_of, rows_of, with_axes
+from effkit.peft.low_rank import any_seed, base_of, outside_autocast, rows_of, with_axes
 from effkit.peft.matching import is_conv1d
 from effkit.quant.four_bit import dequantize_nf4
 from effkit.quant.fp8 import dequantize_fp8
@@ -337,6 +337,7 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 13
@@ -516,6 +517,7 @@ DORA_LINEAR = register(
         cases=_CASES,
         bench=_BENCH,
         grads=("x", "a", "b", "magnitude", "weight", "bias", "base"),
+        frozen=("weight", "bias"),
         flops=_flops,
         traffic=_traffic,
         draw={

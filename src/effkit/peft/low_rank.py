@@ -19,10 +19,11 @@ change that is not of low rank (new knowledge from much text) is learnt worse th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from torch.nn import functional as F
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import checked
 from effkit.peft._dropout import dropped_reference, keep_pieces, keep_probability
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def lora_linear_reference(
@@ -119,6 +122,20 @@ def base_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor 
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def outside_autocast(backward: Backward) -> Backward:
+    """A Function's backward whose products are in the dtypes of its tensors, as the forward pass has chosen them."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        kind = next((dy.device.type for dy in gradients if dy is not None), "cpu")
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return backward(ctx, *gradients)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *gradients)
+
+    return cast(Backward, run)
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -140,6 +157,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return gradients(up_gradients, down_gradients, ctx, dy)
 
@@ -377,7 +395,8 @@ LORA_LINEAR = register(
         bench=_BENCH,
         rivals={"peft": "effkit.rivals:peft_lora_linear", "dense": "effkit.rivals:linear_without_adapter"},
         draw={"seed": any_seed, "scale": Tensor.float},
-        grads=("x", "a", "b", "base"),  # W is frozen
+        grads=("x", "a", "b", "weight", "bias", "base"),
+        frozen=("weight", "bias"),
         flops=_flops,
         traffic=_traffic,
     )

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit import ops
-from effkit.peft.low_rank import LORA_LINEAR, lora_linear_reference, rows_of, with_axes
+from effkit.peft.low_rank import (
+    LORA_LINEAR,
+    lora_linear_reference,
+    lora_linear_torch,
+    outside_autocast,
+    rows_of,
+    with_axes,
+)
 from effkit.quant.nf4_linear import as_autocast
 
 GROUPS = (
@@ -60,8 +67,11 @@ def lora_projections(
     x = as_autocast(x)
     if torch.compiler.is_compiling():
         return tuple(lora_linear_reference(x, *layer) for layer in zip(a, b, scale, weight, bias, strict=True))
-    results = _Projections.apply(len(a), x, *a, *b, *scale, *weight, *bias)
-    return results[: len(a)]
+    if torch._C._are_functorch_transforms_active():  # which know the rules of a single layer
+        return tuple(lora_linear_torch(x, *layer) for layer in zip(a, b, scale, weight, bias, strict=True))
+    # Where there is no graph a Function takes longer than a small layer, as in decoding.
+    compute = _Projections.apply if torch.is_grad_enabled() else _Projections.forward
+    return compute(len(a), x, *a, *b, *scale, *weight, *bias)[: len(a)]
 
 
 class _Projections(torch.autograd.Function):
@@ -94,6 +104,7 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, down, *saved = ctx.saved_tensors
         count, none = ctx.count, [None] * ctx.count

@@ -39,6 +39,7 @@ from effkit.peft.low_rank import (
     batched_pair,
     down_gradients,
     down_product,
+    outside_autocast,
     rows_of,
     up_gradients,
 )
@@ -165,6 +166,7 @@ class _VeRALinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return gradients(up_gradients, down_gradients, ctx, dy)
 
@@ -525,6 +527,7 @@ VERA_LINEAR = register(
         cases=_CASES,
         bench=_BENCH,
         grads=("x", "lambda_d", "lambda_b", "weight", "bias", "base"),
+        frozen=("weight", "bias"),
         flops=_flops,
         traffic=_traffic,
         draw={"seed": any_seed, "gate": torch.Tensor.float},
