@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import effkit
 from effkit.peft import (
@@ -188,6 +189,25 @@ def test_requantized_for_a_while_and_for_good(make, ids, tmp_path):
     expected = logits(model, ids)
     model.save_pretrained(tmp_path / "transformers")
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "transformers"), ids), expected)
+
+
+@each_base
+def test_conv1d_requantized(make, ids, base):
+    """GPT-2's layers, whose weights are transposed, and which can be taken out of their codes again."""
+    model = make("gpt2", n_embd=64)
+    effkit.apply(model, base, LORA)
+    expected = logits(model, ids)
+    report = merge(model, requantize=True)
+    layer = model.transformer.h[0].mlp.c_fc
+    assert type(layer) in (NF4Linear, FP8Linear) and (layer.in_features, layer.out_features) == (64, 256)
+    assert all(row.error < 1 for row in report.layers.values())
+    unmerge(model)
+    assert torch.equal(logits(model, ids), expected)
+    merge_and_unload(model, requantize=True)
+    weight = model.transformer.h[0].mlp.c_fc.dequantize().weight
+    effkit.apply(model, DequantizeConfig())
+    layer = model.transformer.h[0].mlp.c_fc
+    assert type(layer) is Conv1D and torch.equal(layer.weight, weight.T)
 
 
 def test_fp8_requantized():

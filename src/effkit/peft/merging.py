@@ -212,14 +212,20 @@ def _oriented(layer: Any, weight: Tensor) -> Tensor:
 
 def _requantized(dense: Any, layer: Any) -> Any:
     if isinstance(layer, NF4Linear):
-        double = layer.weight_nested_absmax is not None
-        return NF4Linear.from_module(
-            dense, block_size=layer.block_size, double_quant=double, quant_type=layer.quant_type
-        )
-    if isinstance(layer, FP8Linear) and layer.recipe is None:
+        options = ("block_size", "double_quant", "quant_type", "cache_dequant")
+    elif isinstance(layer, FP8Linear) and layer.recipe is None:
         options = ("granularity", "activation", "format", "power_of_two")
-        return FP8Linear.from_module(dense, **{name: getattr(layer, name) for name in options})
-    return dense
+    else:
+        return dense
+    conv, linear = is_conv1d(dense), dense
+    if conv:
+        inputs, outputs = dense.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta")
+        linear.weight, linear.bias = nn.Parameter(dense.weight.T.contiguous(), requires_grad=False), dense.bias
+    new: Any = layer.plain.from_module(linear, **{name: getattr(layer, name) for name in options})
+    if conv:
+        new._was = type(dense)
+    return new
 
 
 def _weight(layer: Any) -> Tensor:
