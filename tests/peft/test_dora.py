@@ -168,6 +168,15 @@ class TestWhenLengthsAreComputed:
             change()
             assert self.fresh(layer, part), change
 
+    def test_writing_through_data_is_not_seen_before_a_step(self, counted):
+        """torch does not count it: a limit that the page names."""
+        layer, part, _ = counted
+        layer(torch.ones(2, 24))
+        part.lora_A.data.mul_(2)
+        assert not self.fresh(layer, part)
+        torch.optim.SGD([part.lora_B], lr=0.1).step()
+        assert self.fresh(layer, part)
+
     def test_copies_have_their_own(self, counted):
         layer, part, _ = counted
         part.norm(layer[0])
@@ -240,6 +249,12 @@ class TestOp:
         assert kept(tensors | frozen) == inner  # LoRA-FA keeps neither x nor y
         base = F.linear(tensors["x"], tensors["weight"]).detach()
         assert kept(tensors | {"weight": None, "bias": None, "base": base}) == x + inner + y
+
+    def test_a_result_changed_in_place_is_found_out(self):
+        tensors = arguments()
+        tensors["magnitude"].requires_grad_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            dora_linear(**tensors).relu_().sum().backward()
 
     def test_lengths_of_zero_come_into_being_during_training(self):
         """The answer to whether y tells enough is not kept longer than the lengths: in place, replaced, gated."""

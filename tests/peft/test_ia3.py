@@ -89,6 +89,12 @@ class TestOp:
         assert storages == {tensors["x"].untyped_storage().data_ptr(): tensors["x"].nbytes}
         assert not kept({**tensors, "vector": tensors["vector"].detach()})[0]
 
+    def test_a_result_changed_in_place_is_found_out(self):
+        tensors = arguments()
+        tensors["vector"].requires_grad_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            ia3_linear(**tensors).relu_().sum().backward()
+
     def test_factors_of_zero_come_into_being_during_training(self):
         """Whether the result may be divided by the vector is asked again after each change of it."""
         tensors = arguments(torch.float64)
