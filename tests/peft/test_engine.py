@@ -419,4 +419,6 @@ def test_wrong_uses_change_nothing(make, ids):
         activate(model, "defualt")
     with pytest.raises(TypeError, match="factor is '2'"):
         set_scale(model, "2")
+    with pytest.raises(ValueError, match="factor is nan, expected a finite number"):
+        set_scale(model, float("nan"))
     assert active_adapters(model) == ["default"] and len(adapted_layers(model)) == 2

@@ -169,6 +169,13 @@ def test_wrong_uses(make, ids, tmp_path):
         unmerge(model)
     with pytest.raises(ValueError, match=r"no adapter is on; choices: activate\(model, name\), one of \[\]"):
         merge(model)
+    with pytest.raises(TypeError, match="names is 'default', expected a tuple"):
+        MergeConfig(names="default")
+    rows = torch.nn.Sequential(torch.nn.Embedding(9, 4, max_norm=1.0))
+    effkit.apply(rows, LoRAConfig(target_modules=("0",)))
+    with pytest.raises(ValueError, match=r"merge: 0 has max_norm 1.0, which would shorten rows"):
+        merge(rows)
+    assert not is_merged(rows)
     change = effkit.apply(model, LoRAConfig(rank=2, **ALL))
     part = adapters_of(model, "default")["model.layers.1.mlp.up_proj"]
     with torch.no_grad():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -387,6 +388,8 @@ def set_scale(model: nn.Module, factor: float, *names: str) -> None:
     """
     if isinstance(factor, bool) or not isinstance(factor, int | float):
         raise TypeError(f"set_scale: factor is {factor!r}, expected a number")
+    if not math.isfinite(factor):
+        raise ValueError(f"set_scale: factor is {factor!r}, expected a finite number")
     refuse_merged(model, "set_scale")
     parts = [adapter for name in names or active_adapters(model) for adapter in adapters_of(model, name).values()]
     for adapter in parts:

@@ -81,6 +81,11 @@ class MergeConfig(ChangeConfig):
     handler: ClassVar[str] = "effkit.peft.merging:merge_for_good"
     reload: ClassVar[str] = "effkit.peft.merging:rebuild_merged"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise TypeError(f"MergeConfig: names is {self.names!r}, expected a tuple of names")
+        object.__setattr__(self, "names", tuple(self.names))
+
 
 def merge(model: nn.Module, *, requantize: bool = False) -> MergeReport:
     """Makes the adapters that are on part of the weights; `unmerge` takes that back, bit for bit.
@@ -174,6 +179,8 @@ def _merged_layer(path: str, layer: Any, requantize: bool) -> tuple[nn.Module, M
         new = copy.copy(active[0].copy)  # the adapter's own is not marked as merged
         new.__dict__["_unmerged"] = layer
         return new, MergedLayer(type(new).__name__, 1.0, 0.0)
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(f"merge: {path} has max_norm {layer.max_norm}, which would shorten rows that hold the update")
     new = _plain(layer)
     stored = _oriented(new, new.weight)
     exact = stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
