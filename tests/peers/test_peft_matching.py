@@ -18,7 +18,7 @@ from torch import nn
 
 import effkit
 from effkit.peft import IA3Config, LoRA, LoRAConfig, LoRAEmbedding, VeRAConfig, adapters_of
-from effkit.peft.engine import TrainedCopy
+from effkit.peft.adapter import TrainedCopy
 from effkit.peft.ia3 import USUAL_FEEDFORWARD
 
 PEERS = Path(sys.prefix) / "peers"

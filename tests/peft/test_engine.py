@@ -19,7 +19,8 @@ from effkit.peft import (
     set_scale,
     set_trainable,
 )
-from effkit.peft.engine import Adapted, adapted_layers
+from effkit.peft.adapter import Adapted
+from effkit.peft.engine import adapted_layers
 from effkit.testing import assert_equivalent
 
 ALL = dict(target_modules="all-linear", init="random")

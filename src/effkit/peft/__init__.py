@@ -1,9 +1,8 @@
 """Adapters: a few trained parameters beside frozen ones, at the memory they need and in peft's file format."""
 
+from effkit.peft.adapter import Adapter, AdapterConfig
 from effkit.peft.dora import DoRA, DoRAConfig, dora_linear, dora_norm
 from effkit.peft.engine import (
-    Adapter,
-    AdapterConfig,
     activate,
     active_adapters,
     adapter_names,

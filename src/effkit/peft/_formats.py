@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from effkit.ops import resolve
-from effkit.peft.engine import AdapterConfig
+from effkit.peft.adapter import AdapterConfig
 from effkit.peft.matching import ALL_LINEAR, find_targets, first_match, is_conv1d, own_modules
 
 COMMON = ("target_modules", "modules_to_save", "bias")  # keys of all types, save that some have no bias

@@ -30,7 +30,7 @@ from effkit.ops import Case, Op, register
 from effkit.peft._arguments import checked
 from effkit.peft._columns import Memo, Remembered, add_scaled_, column_products, scale_columns, thin_product, wide
 from effkit.peft._dropout import dropped, dropped_reference
-from effkit.peft.engine import Adapted, Adapter, linear_shape
+from effkit.peft.adapter import Adapted, Adapter, linear_shape
 from effkit.peft.lora import LoRA, LoRAConfig, new_seed
 from effkit.peft.low_rank import any_seed, base_of, outside_autocast, rows_of, with_axes
 from effkit.peft.matching import is_conv1d

@@ -26,16 +26,8 @@ from torch import Tensor, nn
 
 from effkit.change import Change, apply
 from effkit.peft._formats import LORA, config_of, described, explicit, format_of_config, format_of_file
-from effkit.peft.engine import (
-    Adapter,
-    AdapterConfig,
-    TrainedBias,
-    TrainedCopy,
-    active_adapters,
-    adapter_names,
-    adapters_of,
-    set_trainable,
-)
+from effkit.peft.adapter import Adapter, AdapterConfig, TrainedBias, TrainedCopy
+from effkit.peft.engine import active_adapters, adapter_names, adapters_of, set_trainable
 from effkit.peft.lora import LoRA, LoRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from effkit.attention._recurrent import may_read
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import FLOATS, INTEGERS
-from effkit.peft.engine import Adapter, adapted_layers, adapters_of, refuse_merged
+from effkit.peft.adapter import Adapter
+from effkit.peft.engine import adapted_layers, adapters_of, refuse_merged
 from effkit.quant.nf4_linear import as_autocast
 
 

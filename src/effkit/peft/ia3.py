@@ -31,7 +31,7 @@ from effkit.norm.dyt import batched
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import FLOATS
 from effkit.peft._columns import Remembered, column_products, scale_columns
-from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
+from effkit.peft.adapter import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.quant.nf4_linear import as_autocast
 
 

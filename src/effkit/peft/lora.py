@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
+from effkit.peft.adapter import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.peft.low_rank import LORA_LINEAR
 from effkit.peft.matching import check_expression, first_match
 from effkit.quant.nf4_linear import as_autocast

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from effkit.peft.engine import Adapter
+from effkit.peft.adapter import Adapter
 
 GROUPS = ("A", "A_no_decay", "embedding", "B", "B_no_decay")
 

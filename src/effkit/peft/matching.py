@@ -22,7 +22,7 @@ from torch import nn
 from effkit.change import no_match
 
 if TYPE_CHECKING:
-    from effkit.peft.engine import AdapterConfig
+    from effkit.peft.adapter import AdapterConfig
 
 ALL_LINEAR = "all-linear"
 

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from effkit.change import ChangeConfig, Edit, set_module
 from effkit.ops import resolve
+from effkit.peft._places import refuse_sharded
+from effkit.peft.adapter import TrainedCopy
 from effkit.peft.engine import (
-    TrainedCopy,
     activate,
     active_adapters,
     adapted_layers,
     adapter_names,
     merged_layers,
     refuse_merged,
-    refuse_sharded,
     take_out,
     unmerged_of,
 )

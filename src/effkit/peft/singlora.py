@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from effkit.ops import Case, Op, register
 from effkit.peft._arguments import checked
 from effkit.peft._dropout import dropped_reference
-from effkit.peft.engine import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
+from effkit.peft.adapter import Adapted, Adapter, AdapterConfig, linear_shape, parameter_dtype
 from effkit.peft.lora import generator_of, new_seed
 from effkit.peft.low_rank import any_seed, base_of, lora_linear_torch, supports
 
