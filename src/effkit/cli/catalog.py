@@ -117,7 +117,9 @@ def _cost(op: Op, case: Case) -> dict[str, Any]:
 def _cost_table(op: Op, costs: list[dict[str, Any]]) -> Any:
     rivals = f", rivals: {', '.join(op.rivals)}" if op.rivals else ""
     numbers = ("GFLOP", "MB, fp32", "FLOP/byte")
-    made = table(f"Benchmark cases, one forward pass{rivals}", "case", "inputs", *numbers, right=numbers)
+    made = table(
+        f"Benchmark cases, one forward pass{rivals}", "case", "inputs", *numbers, right=numbers, whole=("case",)
+    )
     for cost in costs:
         settings = {**cost["sizes"], **cost["options"]}
         made.add_row(
