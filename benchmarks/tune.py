@@ -92,6 +92,9 @@ THIN = {
     for key in ((16, 2), (64, 2))
 }
 THIN_BOTH = {(16, 2): [(128, 64, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2)]}
+# (BLOCK_N, BLOCK_C, num_warps, num_stages) of adapters by row; the first number of a key is the rank up to which.
+FEW_ROWS = {(64, 2): [(16, 64, 4, 4), (16, 128, 4, 3), (16, 128, 4, 4), (16, 256, 4, 3), (32, 128, 4, 3)]}
+MANY_ROWS = {(64, 2): [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)]}
 
 # key is (architecture, width, bytes of an element), tile the values of the kernel module's Tile.
 Key = tuple[int, int, int]
@@ -173,6 +176,11 @@ def _low_rank(tokens: int, width: int, rank: int) -> Case:
     return Case(f"tune {tokens} {width} {rank}", sizes, dict(dropout=0.1), given=("weight", "seed"))
 
 
+def _by_row(rows: int, tokens: int, width: int) -> Case:
+    sizes = dict(B=rows, T=tokens, K=width, M=width, R=16, E=4)
+    return Case(f"tune {rows} {tokens} {width}", sizes, ints={"rows": tuple(i % 4 for i in range(rows))})
+
+
 _small = functools.partial(_attention, 1, (4, 2), (300, 333))
 _decode = functools.partial(_attention, 2, (8, 2), (1, 3000))
 _short_low_rank = functools.partial(_low_rank, 300, 448)
@@ -216,6 +224,17 @@ TABLES = (
             lambda rank, size: _low_rank(4096, 4096, rank),
         )
         for name, tiles in (("DOWN", THIN), ("UP_BWD", THIN_BOTH), ("DOWN_BWD", THIN), ("MASKED", THIN))
+    ),
+    *(
+        Table(
+            f"effkit.kernels.grouped_lora:{name}",
+            "grouped_lora",
+            name == "MANY",
+            tiles,
+            lambda rank, tokens=tokens: _by_row(5, tokens, 448),
+            lambda rank, size, tokens=tokens, rows=rows: _by_row(rows, tokens, 4096),
+        )
+        for name, tiles, rows, tokens in (("FEW", FEW_ROWS, 64, 1), ("MANY", MANY_ROWS, 16, 512))
     ),
     Table(
         "effkit.kernels.dyt:_FWD",
@@ -313,11 +332,11 @@ def time_group(group: list[Trial], device: torch.device) -> list[float]:
         return op.function(**inputs, **case.options, backend="triton")
 
     if table.backward:
-        inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+        grads = [name for name in op.grads if name in inputs and name not in op.frozen]
+        leaves = [inputs[name].requires_grad_() for name in grads]
         group[0].install()
         out = forward()
         cotangent = torch.randn_like(out)
-        leaves = list(inputs.values())
 
     def run(trial: Trial) -> Any:
         trial.install()

@@ -195,19 +195,20 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (architecture, few tokens a row, rank up to, bytes of an element) -> tile. With few tokens an adapter seldom has more
-# than 16 of them; with many, 64 are what a wgmma takes. High ranks need the registers of more warps, float32, which has
+# (architecture, rank up to, bytes of an element) -> tile, for few tokens a row, where an adapter seldom has more than
+# 16, and for many, of which 64 are what a wgmma takes. High ranks need the registers of more warps, float32, which has
 # no tensor cores, smaller tiles. None was timed on a device.
-_TILES = {
-    (arch, few, rank, size): Tile(*steps, 4 if few or rank == _LOW else 8, stages)
+FEW = {
+    (arch, rank, size): Tile(*steps, 4, stages)
     for arch in (80, 90, 100)
     for rank in (_LOW, _HIGH)
-    for few, size, steps, stages in (
-        (True, 2, (16, 128), 3),
-        (False, 2, (64, 64), 3),
-        (True, 4, (16, 64), 2),
-        (False, 4, (32, 32), 2),
-    )
+    for size, steps, stages in ((2, (16, 128), 3), (4, (16, 64), 2))
+}
+MANY = {
+    (arch, rank, size): Tile(*steps, 4 if rank == _LOW else 8, stages)
+    for arch in (80, 90, 100)
+    for rank in (_LOW, _HIGH)
+    for size, steps, stages in ((2, (64, 64), 3), (4, (32, 32), 2))
 }
 _INTERPRETED = Tile(32, 128, 4, 1)  # several tiles at the sizes of tests
 # Programs that expand, for each multiprocessor, before their stripes are made wider; few in the interpreter, so that
@@ -219,7 +220,8 @@ _PLANNED = 64  # rows of one program of the plan
 def _tile(x: Tensor, R: int) -> Tile:
     if INTERPRET:
         return _INTERPRETED
-    return _TILES[architecture(x.device), x.shape[1] < _FEW, _LOW if R <= _LOW else _HIGH, x.element_size()]
+    tiles = FEW if x.shape[1] < _FEW else MANY
+    return tiles[architecture(x.device), _LOW if R <= _LOW else _HIGH, x.element_size()]
 
 
 def _tiles(x: Tensor, E: int, BLOCK_N: int) -> int:
@@ -427,7 +429,7 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _spec(arch: int, build: _Build, kernel: Any) -> AotSpec:
-    tile = _TILES[arch, build.few, _LOW if build.R <= _LOW else _HIGH, 4 if build.x == "fp32" else 2]
+    tile = (FEW if build.few else MANY)[arch, _LOW if build.R <= _LOW else _HIGH, 4 if build.x == "fp32" else 2]
     shrinks = kernel is _grouped_lora_shrink
     shares = "fp32" if build.splits > 1 else build.x
     types = dict.fromkeys(kernel.arg_names, "i32") | {
