@@ -199,3 +199,14 @@ def test_wrong_uses(make, ids, tmp_path):
     assert not any(tmp_path.iterdir())
     effkit.apply(model, MergeConfig())  # what is merged stays so, for good
     assert adapter_names(model) == []
+
+
+def test_biases_that_transformers_would_not_load(make, ids, tmp_path):
+    model = make("llama")
+    effkit.apply(model, LoRAConfig(rank=2, update_bias=True, init="random", target_modules=("q_proj", "v_proj")))
+    for part in adapters_of(model, "default").values():
+        torch.nn.init.normal_(part.lora_bias, generator=torch.Generator().manual_seed(4))
+    with pytest.warns(UserWarning, match=r"q_proj and 3 more layers have a bias now.*choices: effkit\.save"):
+        merge_and_unload(model)
+    effkit.save(model, tmp_path)
+    assert torch.equal(logits(effkit.load(tmp_path), ids), logits(model, ids))

@@ -14,6 +14,7 @@ lost. The report says how much of it is left.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -142,11 +143,18 @@ def merge_for_good(model: nn.Module, config: MergeConfig, data: Iterable[Any] | 
     elif not set(config.names) <= set(on):
         raise ValueError(f"MergeConfig: names is {config.names}, but {on} are merged; choices: unmerge(model) first")
     matched = merged_layers(model)
+    gained = [path for path, module in matched.items() if _gained_bias(module)]
     for module in matched.values():
         module.__dict__.pop("_unmerged", None)  # several names may hold one module
     for name in adapter_names(model):
         take_out(model, name)
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_json_string"):
+        if gained:
+            warnings.warn(
+                f"merge: {gained[0]} and {len(gained) - 1} more layers have a bias now, which transformers would leave "
+                "out when it loads the model; choices: effkit.save and effkit.load",
+                stacklevel=2,
+            )
         resolve("effkit.hf.adapters:say_merged")(model, list(matched))
     return Edit(list(matched), None, "the adapters are part of the weights, and the original weights are gone")
 
@@ -157,7 +165,15 @@ def rebuild_merged(model: nn.Module, config: MergeConfig, data: Iterable[Any] | 
     for layer in adapted_layers(model).values():
         for parameter in layer.parameters(recurse=False):
             parameter.zero_()
-    return merge_for_good(model, config)
+    with warnings.catch_warnings():  # of what was said when the model was merged
+        warnings.simplefilter("ignore")
+        return merge_for_good(model, config)
+
+
+def _gained_bias(merged: nn.Module) -> bool:
+    """Whether a merged layer has a bias that it had not before."""
+    before = merged.__dict__["_unmerged"]
+    return merged._parameters.get("bias") is not None and before._parameters.get("bias") is None
 
 
 def _merge_these(model: nn.Module, names: Sequence[str], requantize: bool) -> None:
