@@ -144,7 +144,7 @@ ADAPTERS = (
     AdapterRow("SingLoRA, rank 8", SingLoRAConfig(alpha=16, ramp_steps=5, target_modules="all-linear"), 1e-2),
     AdapterRow("VeRA, rank 64", VeRAConfig(rank=64, target_modules="all-linear"), 1e-1),
 )
-FULL = Effort(windows=24, heal_steps=40, distill_steps=16, heal_rows=2, adapt_steps=15)
+FULL = Effort(windows=24, heal_steps=30, distill_steps=12, heal_rows=2, adapt_steps=15)
 QUICK = Effort(windows=4, heal_steps=2, distill_steps=1, heal_rows=2, adapt_steps=2)
 
 
